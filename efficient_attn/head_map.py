@@ -108,7 +108,7 @@ class HeadMap:
                     "pass num_q_heads so that the sizes need not be read back from the device."
                 )
             num_q_heads = int(sizes.reshape(-1, sizes.shape[-1])[0].sum())
-        if _is_readable(sizes):
+        if is_readable(sizes):
             wrong = (sizes < 0).any() or (sizes.sum(-1) != num_q_heads).any()
             if wrong:
                 raise ValueError(
@@ -197,7 +197,7 @@ def _largest(name: str, count: str, index: Tensor) -> int:
     return int(index.max()) if index.numel() else -1
 
 
-def _is_readable(x: Tensor) -> bool:
+def is_readable(x: Tensor) -> bool:
     """Whether values can be looked at without waiting for a device or breaking a graph."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and type(x) is Tensor
 
@@ -219,7 +219,7 @@ def _check_index(
             f"{name} has shape {tuple(index.shape)}; it must be ({num_q_heads},), or "
             f"(batch, {num_q_heads}) with one row per sample."
         )
-    if _is_readable(index) and index.numel():
+    if is_readable(index) and index.numel():
         low, high = int(index.min()), int(index.max())
         if low < 0 or high >= num_heads:
             raise ValueError(

@@ -1,0 +1,5 @@
+"""The package's operators. Importing this registers every schema, so tracing finds them."""
+
+from efficient_attn.ops import attention, merge, varlen
+
+__all__ = ["attention", "merge", "varlen"]

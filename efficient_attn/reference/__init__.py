@@ -1,0 +1,6 @@
+"""The specification: one readable function per op, slow, any floating dtype."""
+
+from efficient_attn.reference.attention import attention, attention_varlen
+from efficient_attn.reference.merge import merge_states
+
+__all__ = ["attention", "attention_varlen", "merge_states"]

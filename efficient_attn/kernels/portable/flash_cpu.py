@@ -1,0 +1,312 @@
+"""Exact attention on CPU as a few calls of torch's own flash op, which returns the log-sum-exp.
+
+The op knows even groups, a square causal mask and an additive mask. Everything else is cut into
+problems of that kind: one per sample where samples differ, one per group of query heads that share
+a key and a value head, and one per block of rows where a window slides. Nothing is copied to make a
+group look even, and gradients of a group are summed in fp32.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from efficient_attn.masking import visible
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+Selection = slice | list[int]
+
+
+class _Problem(NamedTuple):
+    """Query heads of some samples that share what they read: the first ``length`` keys."""
+
+    samples: slice
+    q_heads: Selection
+    k_heads: Selection
+    v_heads: Selection
+    length: int
+
+
+class _Piece(NamedTuple):
+    """A rectangle of scores that one call computes; pieces of equal rows are merged."""
+
+    rows: slice
+    columns: slice
+    causal: bool
+    masked: bool
+
+
+def refusals(softcap: float, grad_lse: Tensor | None, needs_bias_grad: bool) -> list[str]:
+    """Why torch's op cannot compute this call; empty if it can."""
+    reasons = []
+    if softcap > 0:
+        reasons.append("torch's CPU flash op has no softcap")
+    if grad_lse is not None:
+        reasons.append("its backward takes no gradient of the log-sum-exp")
+    if needs_bias_grad:
+        reasons.append("its backward gives no gradient of the mask")
+    return reasons
+
+
+def forward(
+    query, key, value, q_to_k, q_to_v, bias, key_lengths, left, right, scale
+) -> tuple[Tensor, Tensor]:
+    """The ``attention`` op without softcap."""
+    batch, num_heads, nq, _ = query.shape
+    shape = (batch, num_heads, nq, value.shape[-1])
+    out = lse = None
+    for problem in _problems(query, key, value, q_to_k, q_to_v, key_lengths):
+        q, k, v, mask = _select(problem, query, key, value, bias)
+        for pieces in _pieces(nq, problem.length, left, right):
+            results = [_call(piece, q, k, v, mask, left, right, scale) for piece in pieces]
+            block_out, block_lse = functools.reduce(_merge, results)
+            if block_out.shape == shape:
+                return _tokens_major(block_out.to(query.dtype)), block_lse.contiguous()
+            if out is None:
+                out, lse = blind(query, value)
+            rows = pieces[0].rows
+            out[problem.samples, problem.q_heads, rows] = block_out.to(out.dtype)
+            lse[problem.samples, problem.q_heads, rows] = block_lse
+    return blind(query, value) if out is None else (out, lse)
+
+
+def backward(
+    grad_out, query, key, value, out, lse, q_to_k, q_to_v, bias, key_lengths, left, right, scale
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``attention_backward`` op without softcap, gradient of the lse or of the bias.
+
+    Given the final output and log-sum-exp, the backward of each piece is exact on its own.
+    """
+    lse = lse.masked_fill(lse == -torch.inf, 0.0)
+    totals: list[Tensor] | None = None
+    for problem in _problems(query, key, value, q_to_k, q_to_v, key_lengths):
+        q, k, v, mask = _select(problem, query, key, value, bias)
+        samples = problem.samples
+        for pieces in _pieces(query.shape[2], problem.length, left, right):
+            rows = pieces[0].rows
+            result = (x[samples, problem.q_heads, rows] for x in (grad_out, out, lse))
+            block_grad, block_out, block_lse = result
+            for piece in pieces:
+                columns = piece.columns
+                grads = _call_backward(
+                    piece, block_grad, q, k, v, mask, block_out, block_lse, left, right, scale
+                )
+                if all(g.shape == x.shape for g, x in zip(grads, (query, key, value), strict=True)):
+                    return tuple(map(_tokens_major, grads))
+                if totals is None:
+                    totals = [_zeros(x) for x in (query, key, value)]
+                places = (
+                    (samples, problem.q_heads, rows),
+                    (samples, problem.k_heads, columns),
+                    (samples, problem.v_heads, columns),
+                )
+                for total, place, grad in zip(totals, places, grads, strict=True):
+                    total[place] += grad
+    if totals is None:
+        totals = [_zeros(x) for x in (query, key, value)]
+    return tuple(
+        _tokens_major(total.to(x.dtype))
+        for total, x in zip(totals, (query, key, value), strict=True)
+    )
+
+
+def _call(piece, q, k, v, mask, left, right, scale) -> tuple[Tensor, Tensor]:
+    q, k, v, mask = _cut(piece, q, k, v, mask, left, right)
+    width = v.shape[-1]
+    q, k, v = _equal_widths(q, k, v)
+    out, lse = _flash(q, k, v, 0.0, piece.causal, attn_mask=mask, scale=scale)
+    if mask is not None:
+        # The op reports lse = 0 for a row that sees nothing.
+        lse = lse.masked_fill(_blind_rows(mask, piece.causal), -torch.inf)
+    return out[..., :width], lse
+
+
+def _call_backward(piece, grad_out, q, k, v, mask, out, lse, left, right, scale):
+    q, k, v, mask = _cut(piece, q, k, v, mask, left, right)
+    widths = (q.shape[-1], k.shape[-1], v.shape[-1])
+    q, k, v = _equal_widths(q, k, v)
+    grad_out, out = (pad(x, (0, v.shape[-1] - x.shape[-1])) for x in (grad_out, out))
+    grads = _flash_backward(
+        grad_out, q, k, v, out, lse, 0.0, piece.causal, attn_mask=mask, scale=scale
+    )
+    return [grad[..., :width] for grad, width in zip(grads, widths, strict=True)]
+
+
+def _problems(query, key, value, q_to_k, q_to_v, key_lengths) -> Iterator[_Problem]:
+    """Cut the call where samples or groups of heads differ."""
+    batch, num_k_heads, nk, _ = key.shape
+    num_heads, num_v_heads = query.shape[1], value.shape[1]
+    per_sample = any(x is not None and x.dim() == 2 for x in (q_to_k, q_to_v))
+    if key_lengths is None and not per_sample:
+        samples = [(slice(None), nk)]
+    else:
+        lengths = [nk] * batch if key_lengths is None else key_lengths.tolist()
+        samples = [(slice(b, b + 1), length) for b, length in enumerate(lengths)]
+
+    for which, length in samples:
+        if length == 0:
+            continue
+        if q_to_k is None and q_to_v is None and num_k_heads == num_v_heads and _groups_natively():
+            yield _Problem(which, slice(None), slice(None), slice(None), length)
+            continue
+        k_index = _row(q_to_k, which, num_heads, num_k_heads)
+        v_index = _row(q_to_v, which, num_heads, num_v_heads)
+        for k_head, v_head, members in _groups(k_index, v_index):
+            k_heads, v_heads = slice(k_head, k_head + 1), slice(v_head, v_head + 1)
+            if _groups_natively():
+                yield _Problem(which, _as_slice(members), k_heads, v_heads, length)
+            else:
+                for head in members:
+                    yield _Problem(which, slice(head, head + 1), k_heads, v_heads, length)
+
+
+def _groups(k_index: list[int], v_index: list[int]) -> Iterator[tuple[int, int, list[int]]]:
+    """The query heads of each pair of a key and a value head."""
+    members: dict[tuple[int, int], list[int]] = {}
+    for head, pair in enumerate(zip(k_index, v_index, strict=True)):
+        members.setdefault(pair, []).append(head)
+    for (k_head, v_head), heads in members.items():
+        yield k_head, v_head, heads
+
+
+def _row(index: Tensor | None, samples: slice, num_q_heads: int, num_heads: int) -> list[int]:
+    if index is None:
+        return [head * num_heads // num_q_heads for head in range(num_q_heads)]
+    return (index[samples.start] if index.dim() == 2 else index).tolist()
+
+
+def _as_slice(heads: list[int]) -> Selection:
+    """Heads at even distances as a slice, which selects a view."""
+    step = heads[1] - heads[0] if len(heads) > 1 else 1
+    evenly = range(heads[0], heads[0] + step * len(heads), step)
+    return slice(heads[0], evenly.stop, step) if list(evenly) == heads else heads
+
+
+def _pieces(nq: int, nk: int, left: int | None, right: int | None) -> Iterator[list[_Piece]]:
+    """Cut the visible scores into rectangles, as lists of pieces that share their rows."""
+    corner = nk - nq
+    # The last query reaches back over nk - 1 keys, the first one forward over nq - 1.
+    left = None if left is not None and left >= nk - 1 else left
+    right = None if right is not None and right >= nq - 1 else right
+    if left is None and right is None:
+        yield [_Piece(slice(0, nq), slice(0, nk), causal=False, masked=False)]
+    elif left is None and right == 0:
+        # Queries before the diagonal see nothing; keys before it are seen by all.
+        rows = slice(max(0, -corner), nq)
+        square = _Piece(rows, slice(max(0, corner), nk), causal=True, masked=False)
+        before = _Piece(rows, slice(0, corner), causal=False, masked=False)
+        yield [before, square] if corner > 0 else [square]
+    else:
+        size = _window_block(nk, left, right)
+        first = 0 if right is None else max(0, -corner - right)
+        for start in range(first, nq, size):
+            stop = min(start + size, nq)
+            low = 0 if left is None else max(0, start + corner - left)
+            high = nk if right is None else min(nk, stop + corner + right)
+            if low < high:
+                yield [_Piece(slice(start, stop), slice(low, high), causal=False, masked=True)]
+
+
+def _window_block(nk: int, left: int | None, right: int | None) -> int:
+    """Rows per block: a quarter of the window keeps wasted scores below that share."""
+    width = nk if left is None or right is None else left + right + 1
+    return min(512, max(64, width // 4))
+
+
+def _select(problem: _Problem, query, key, value, bias):
+    samples, q_heads, k_heads, v_heads, length = problem
+    if bias is not None:
+        bias = bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
+        bias = bias if bias.shape[0] == 1 else bias[samples]
+        bias = bias if bias.shape[1] == 1 else bias[:, q_heads]
+        bias = bias.expand(*bias.shape[:-1], key.shape[2])[..., :length]
+        if bias.dtype not in (query.dtype, torch.float32):
+            bias = bias.float()
+    return (
+        query[samples, q_heads],
+        key[samples, k_heads, :length],
+        value[samples, v_heads, :length],
+        bias,
+    )
+
+
+def _cut(piece: _Piece, q, k, v, mask, left, right):
+    """The piece's part of one problem's tensors, with the window written into the mask."""
+    rows, columns = piece.rows, piece.columns
+    if mask is not None:
+        mask = mask[..., columns] if mask.shape[2] == 1 else mask[..., rows, columns]
+    if piece.masked:
+        nq, nk = rows.stop - rows.start, columns.stop - columns.start
+        # visible() puts the diagonal in the piece's own corner; shift it to the whole problem's.
+        shift = (rows.stop + k.shape[2] - q.shape[2]) - columns.stop
+        window = visible(
+            nq,
+            nk,
+            None if left is None else left - shift,
+            None if right is None else right + shift,
+        )
+        mask = torch.zeros((), dtype=q.dtype) if mask is None else mask
+        mask = mask.masked_fill(~window, -torch.inf)
+        mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+    return q[:, :, rows], k[:, :, columns], v[:, :, columns], mask
+
+
+def _blind_rows(mask: Tensor, causal: bool) -> Tensor:
+    """Rows in which every visible entry is -inf, ``(B | 1, H | 1, rows | 1)``."""
+    blocked = mask == -torch.inf
+    if not causal:
+        return blocked.all(-1)
+    if mask.shape[2] == 1:
+        return blocked.squeeze(2).long().cumprod(-1).bool()
+    return (blocked | blocked.new_ones(blocked.shape[2:]).triu(1)).all(-1)
+
+
+def _equal_widths(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pad to one head width, which the op insists on; zeros add nothing to a product."""
+    width = max(q.shape[-1], v.shape[-1])
+    return tuple(x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+
+
+def _merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Merge two parts; both see something, or the row is blind in both."""
+    lse = torch.logaddexp(a[1], b[1])
+    finite = lse.masked_fill(lse == -torch.inf, 0.0)
+    out = sum(torch.exp(part - finite).unsqueeze(-1) * out.to(lse.dtype) for out, part in (a, b))
+    return out, lse
+
+
+@functools.cache
+def _groups_natively() -> bool:
+    """Whether this torch's op serves several query heads from one key head, as 2.13's does."""
+    query = torch.tensor([[[[0.0]], [[0.0]]]])
+    one = torch.ones(1, 1, 1, 1)
+    try:
+        out, _ = _flash(query, one, one)
+    except RuntimeError:
+        return False
+    return bool((out == 1).all())
+
+
+def blind(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """The result where no query sees any key, to be filled in."""
+    batch, num_heads, nq, _ = query.shape
+    out = query.new_zeros(batch, nq, num_heads, value.shape[-1]).transpose(1, 2)
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return out, query.new_full((batch, num_heads, nq), -torch.inf, dtype=dtype)
+
+
+def _zeros(x: Tensor) -> Tensor:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    batch, heads, tokens, dim = x.shape
+    return x.new_zeros(batch, tokens, heads, dim, dtype=dtype).transpose(1, 2)
+
+
+def _tokens_major(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
