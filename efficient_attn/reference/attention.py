@@ -67,7 +67,7 @@ def attention(
     mask = visible(query.shape[2], key.shape[2], *window_limits(causal, window), score.device)
     score = score.masked_fill(~mask, -torch.inf)
 
-    # A row that sees nothing is computed on zeros, which keeps every gradient finite, and put right.
+    # A row that sees nothing is computed on zeros, which keeps gradients finite, then put right.
     blind = (score == -torch.inf).all(dim=-1, keepdim=True)
     score = score.masked_fill(blind, 0.0)
     lse = torch.logsumexp(score, dim=-1, keepdim=True)

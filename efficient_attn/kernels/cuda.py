@@ -1,0 +1,59 @@
+"""Which kernel answers on CUDA: torch's own for standard shapes, ours in Triton for the rest."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from efficient_attn.errors import UnsupportedError
+from efficient_attn.kernels import torch_cuda
+from efficient_attn.kernels.triton import attention_bwd, attention_fwd
+
+_ADVICE = "efficient_attn.reference.attention computes any input, slowly and in full memory."
+
+
+def forward(
+    query, key, value, q_to_k, q_to_v, bias, key_lengths, window_left, window_right, scale, softcap
+) -> tuple[Tensor, Tensor]:
+    """The ``attention`` op."""
+    arguments = (
+        query, key, value, q_to_k, q_to_v, bias, key_lengths,
+        window_left, window_right, scale, softcap,
+    )  # fmt: skip
+    if which := torch_cuda.choose(*arguments):
+        return torch_cuda.forward(which, query, key, value, window_right == 0, scale)
+    _refuse_unsupported("attention", query, key, value)
+    return attention_fwd.forward(*arguments)
+
+
+def backward(
+    grad_out, grad_lse, query, key, value, out, lse, q_to_k, q_to_v, bias, key_lengths,
+    window_left, window_right, scale, softcap, needs_bias_grad,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The ``attention_backward`` op. Any forward may be followed by any backward."""
+    options = (
+        q_to_k, q_to_v, bias, key_lengths, window_left, window_right, scale, softcap
+    )  # fmt: skip
+    if which := torch_cuda.choose(query, key, value, *options, grad_lse=grad_lse):
+        grads = torch_cuda.backward(
+            which, grad_out, query, key, value, out, lse, window_right == 0, scale
+        )
+        return *grads, query.new_empty(0)
+    return attention_bwd.backward(
+        grad_out, grad_lse, query, key, value, out, lse, *options, needs_bias_grad
+    )
+
+
+def forward_varlen(query, key, value, *options) -> tuple[Tensor, Tensor]:
+    """The ``attention_varlen`` op."""
+    _refuse_unsupported("attention_varlen", query, key, value)
+    return attention_fwd.forward_varlen(query, key, value, *options)
+
+
+def backward_varlen(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``attention_varlen_backward`` op."""
+    return attention_bwd.backward_varlen(*arguments)
+
+
+def _refuse_unsupported(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+    if reasons := attention_fwd.refusals(query, key, value):
+        raise UnsupportedError(f"{op} on CUDA", reasons, _ADVICE)
