@@ -259,4 +259,4 @@ def _finite(lse: Tensor) -> Tensor:
 
 
 def _tokens_major(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).transpose(1, 2)
+    return x.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)

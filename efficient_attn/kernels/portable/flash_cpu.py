@@ -131,8 +131,7 @@ def _call(piece, q, k, v, mask, left, right, scale) -> tuple[Tensor, Tensor]:
 def _call_backward(piece, grad_out, q, k, v, mask, out, lse, left, right, scale):
     q, k, v, mask = _cut(piece, q, k, v, mask, left, right)
     widths = (q.shape[-1], k.shape[-1], v.shape[-1])
-    q, k, v = _equal_widths(q, k, v)
-    grad_out, out = (pad(x, (0, v.shape[-1] - x.shape[-1])) for x in (grad_out, out))
+    grad_out, q, k, v, out = _equal_widths(grad_out, q, k, v, out)
     grads = _flash_backward(
         grad_out, q, k, v, out, lse, 0.0, piece.causal, attn_mask=mask, scale=scale
     )
@@ -242,6 +241,8 @@ def _cut(piece: _Piece, q, k, v, mask, left, right):
     rows, columns = piece.rows, piece.columns
     if mask is not None:
         mask = mask[..., columns] if mask.shape[2] == 1 else mask[..., rows, columns]
+    if mask is not None and mask.stride(-1) not in (0, 1):
+        mask = mask.contiguous()
     if piece.masked:
         nq, nk = rows.stop - rows.start, columns.stop - columns.start
         # visible() puts the diagonal in the piece's own corner; shift it to the whole problem's.
@@ -268,10 +269,11 @@ def _blind_rows(mask: Tensor, causal: bool) -> Tensor:
     return (blocked | blocked.new_ones(blocked.shape[2:]).triu(1)).all(-1)
 
 
-def _equal_widths(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pad to one head width, which the op insists on; zeros add nothing to a product."""
-    width = max(q.shape[-1], v.shape[-1])
-    return tuple(x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+def _equal_widths(*tensors: Tensor) -> list[Tensor]:
+    """Pad to one head width, which the op insists on, with adjacent elements, which it assumes."""
+    width = max(x.shape[-1] for x in tensors)
+    padded = (pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in tensors)
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in padded]
 
 
 def _merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
