@@ -1,0 +1,24 @@
+"""`efficient-attn demo` on a little text and without the benchmark."""
+
+import importlib
+
+from typer.testing import CliRunner
+
+from efficient_attn.cli import app
+
+runner = CliRunner()
+
+
+def test_the_demo_writes_a_report_and_finds_the_same_tokens(tmp_path):
+    arguments = ["demo", "--out", str(tmp_path), "--test-tokens", "1024", "--no-benchmark"]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    report = (tmp_path / "report.md").read_text()
+    assert "prompts: identical" in report and "def binary_search" in report
+
+
+def test_outside_a_clone_it_says_what_to_do(monkeypatch, tmp_path):
+    module = importlib.import_module("efficient_attn.cli.demo")
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "a" / "b" / "demo.py"))
+    result = runner.invoke(app, ["demo"])
+    assert result.exit_code == 2 and "make demo" in result.output
