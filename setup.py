@@ -10,7 +10,7 @@ import platform
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 HERE = Path(__file__).parent
 # Tensors cross through torch's stable ABI alone; this is the oldest torch the binary loads into.
@@ -35,7 +35,7 @@ def native_build() -> dict:
     os.environ.setdefault("MAX_JOBS", str(job_count()))
     print(f"building native code with MAX_JOBS={os.environ['MAX_JOBS']}", file=sys.stderr)
 
-    flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+    flags = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
     stable = ["-DTORCH_STABLE_ONLY", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     include = [str(HERE / "csrc")]
     cuda = sources("csrc/cuda/*.cu") if cpp_extension.CUDA_HOME else []
@@ -47,10 +47,12 @@ def native_build() -> dict:
             extra_compile_args=[*flags, *stable],
             py_limited_api=True,
         ),
-        cpp_extension.CppExtension(
+        # Plain setuptools: this one holds no tensors and must not be bound to a torch.
+        Extension(
             "efficient_attn._host",
             sources("csrc/host/*.cpp"),
             include_dirs=[*include, pybind11.get_include()],
+            language="c++",
             extra_compile_args=[
                 *flags,
                 f'-DEA_FLAGS="{" ".join(flags)}"',

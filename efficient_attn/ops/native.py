@@ -1,0 +1,103 @@
+"""Native CPU kernels in the place of the portable ones, where they have been built.
+
+The binary registers its ops in a namespace of its own, under the names and schemas of the ops they
+answer. It is trusted only after its schemas have been compared and each op has reproduced the
+portable result of a small sample. A binary that is missing, broken or of another version changes
+nothing but the answer of :func:`status`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
+
+_refusal: str | None = "not asked for yet"
+_active: NativeKernels | None = None
+
+
+def _merge_states_sample() -> tuple:
+    outs = [torch.linspace(-1 - part, 1, 22, device="cpu").view(2, 11) for part in range(3)]
+    lses = [torch.tensor([float(part), -torch.inf], device="cpu") for part in range(3)]
+    return outs, lses
+
+
+# Every native op, with arguments on which it has to agree with the portable one.
+_SAMPLES = {"merge_states": _merge_states_sample}
+
+
+class NativeKernels:
+    """The native kernels in use; ``remove()`` gives the ops back to the portable ones."""
+
+    def __init__(self) -> None:
+        self._library = torch.library.Library("efficient_attn", "IMPL")
+        for name in _SAMPLES:
+            self._library.impl(name, _native(name), "CPU")
+
+    def remove(self) -> None:
+        """Unregister; calling it again does nothing."""
+        global _active
+        if _active is self:
+            _active = None
+        self._library._destroy()
+
+
+def status() -> str | None:
+    """Why the native kernels cannot be used, or ``None`` if they can."""
+    return _refusal
+
+
+def use_native() -> NativeKernels:
+    """Put the native kernels in place, and return the handle that removes them.
+
+    Raises:
+        RuntimeError: They cannot be used, with the reason that :func:`status` gives.
+    """
+    global _active
+    if _refusal is not None:
+        raise RuntimeError(f"the native kernels cannot be used: {_refusal}.")
+    if _active is None:
+        _active = NativeKernels()
+    return _active
+
+
+def activate() -> None:
+    """Load, check and use the binary if there is one; called once, when the ops are imported."""
+    global _refusal
+    try:
+        _refusal = _load()
+    except Exception as error:  # Whatever a binary does wrong, the package has to import.
+        _refusal = f"{LIBRARY.name} was refused: {error}"
+    if _refusal is None:
+        use_native()
+
+
+def _load() -> str | None:
+    """Load and check the binary; returns why it cannot be used, or ``None``."""
+    if not LIBRARY.exists():
+        return (
+            "not built; in a checkout run `make native`, otherwise install with "
+            "EFFICIENT_ATTN_BUILD_NATIVE=1 and --no-build-isolation"
+        )
+    torch.ops.load_library(LIBRARY)
+    for name, sample in _SAMPLES.items():
+        op = getattr(torch.ops.efficient_attn, name).default
+        ours, theirs = (str(x._schema).partition("::")[2] for x in (op, _native(name)))
+        if ours != theirs:
+            return f"{LIBRARY.name} is of another version: it has {theirs} for {ours}"
+        with torch.no_grad():
+            expected, actual = op(*sample()), _native(name)(*sample())
+        if not all(map(_agree, actual, expected)):
+            return f"{LIBRARY.name} computes {name} wrongly on this machine"
+    return None
+
+
+def _native(name: str) -> torch._ops.OpOverload:
+    return getattr(torch.ops.efficient_attn_native, name).default
+
+
+def _agree(actual: Tensor, expected: Tensor) -> bool:
+    return actual.shape == expected.shape and torch.allclose(actual, expected, rtol=1e-4, atol=1e-5)
