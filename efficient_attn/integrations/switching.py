@@ -1,0 +1,119 @@
+"""Which attention function the layers of a transformers model call, and how to change that.
+
+A layer looks the function up under the name that its configuration holds, and the model makes the
+masks for the name in its own. So a whole model is switched by one name, while single layers get a
+configuration of their own and keep the masks that the model makes for the others.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from efficient_attn.integrations.transformers import NAME, NAME_FOR_SOME_LAYERS
+
+Undo = Callable[[], None]
+
+
+def uses_the_interface(module: nn.Module) -> bool:
+    """Whether ``module`` looks its attention function up in the registry of transformers."""
+    forward = inspect.unwrap(type(module).forward)
+    code = getattr(forward, "__code__", None)
+    has_config = isinstance(getattr(module, "config", None), PreTrainedConfig)
+    return has_config and code is not None and "get_interface" in code.co_names
+
+
+def implementation(module: nn.Module) -> str:
+    """The name under which ``module`` looks its attention function up."""
+    return module.config._attn_implementation
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether ``module`` calls a function of this package."""
+    return implementation(module) in (NAME, NAME_FOR_SOME_LAYERS)
+
+
+def is_patched_alone(module: nn.Module) -> bool:
+    """Whether it does so while its model makes masks for another function."""
+    return implementation(module) == NAME_FOR_SOME_LAYERS
+
+
+def switch_models(root: nn.Module) -> Undo:
+    """Switch every transformers model in ``root``, masks included.
+
+    Two models made from one configuration object share it, and a name written there would reach
+    both. So the models in ``root`` get copies, which they keep after an undo.
+    """
+    configs = _own_configs(root)
+    before = [(config, config._attn_implementation) for config in configs]
+    for model in _outermost_models(root):
+        model.set_attn_implementation(NAME)
+
+    def undo() -> None:
+        for config, name in before:
+            # The public setter would write to nested configurations too.
+            config._attn_implementation_internal = name
+
+    return undo
+
+
+def switch_layer(module: nn.Module) -> Undo:
+    """Switch one attention layer of a model whose masks are made for ``sdpa`` or ``eager``."""
+    before = module.config
+    module.config = copy.copy(before)
+    module.config._attn_implementation_internal = NAME_FOR_SOME_LAYERS
+
+    def undo() -> None:
+        module.config = before
+
+    return undo
+
+
+def obstacle_to_switching_alone(module: nn.Module) -> str | None:
+    """Why ``module`` cannot be switched while its neighbours are not, or None."""
+    name = implementation(module)
+    if name in ("sdpa", "eager"):
+        return None
+    return (
+        f"its model makes masks for {name!r}, which only {name!r} reads; "
+        'call model.set_attn_implementation("sdpa") first'
+    )
+
+
+def attention_dropout(module: nn.Module) -> float:
+    """The dropout that ``module`` hands over in training."""
+    for name in ("attention_dropout", "dropout", "dropout_p", "attn_dropout"):
+        dropout = getattr(module, name, None)
+        dropout = getattr(dropout, "p", dropout)
+        if isinstance(dropout, float):
+            return dropout
+    return 0.0
+
+
+def _outermost_models(root: nn.Module) -> list[PreTrainedModel]:
+    if isinstance(root, PreTrainedModel):
+        return [root]
+    return [model for child in root.children() for model in _outermost_models(child)]
+
+
+def _own_configs(root: nn.Module) -> list[PreTrainedConfig]:
+    """Replace every configuration in ``root`` by a copy, and list the copies."""
+    memo: dict = {}
+    copies: dict[int, PreTrainedConfig] = {}
+
+    def collect(config: PreTrainedConfig) -> None:
+        copies[id(config)] = config
+        for name in config.sub_configs:
+            if getattr(config, name, None) is not None:
+                collect(getattr(config, name))
+
+    for module in root.modules():
+        for name, held in list(vars(module).items()):
+            if isinstance(held, PreTrainedConfig):
+                setattr(module, name, copy.deepcopy(held, memo))
+                collect(getattr(module, name))
+    return list(copies.values())
