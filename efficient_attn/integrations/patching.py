@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
-from types import TracebackType
+from types import ModuleType, TracebackType
 
 from torch import nn
 
 from efficient_attn.errors import UnsupportedError
-from efficient_attn.integrations import switching
+from efficient_attn.integrations import torch_modules
 from efficient_attn.integrations.report import LayerReport, PatchReport
+from efficient_attn.layers import MultiheadAttention
 
 ATTENTION = ("exact",)
 
 _PATCHED_BEFORE = "patched before, left as it is"
-_NO_INTERFACE = "it does not call attention through the interface of transformers"
+_UNKNOWN = "it is no torch.nn.MultiheadAttention and does not use transformers' attention interface"
 
 
 class PatchHandle:
@@ -65,7 +67,7 @@ def patch_model(
     patched as a whole gets a configuration object of its own, for it may share one with others.
 
     Args:
-        model: A transformers model, or any module that holds one.
+        model: A model of transformers, or any module that holds one or ``nn.MultiheadAttention``.
         attention: ``"exact"``, which keeps the results up to rounding.
         layers: Which attention layers, by position among them or by name; all by default.
         strict: Whether to change nothing and raise if one of these cannot be replaced, rather than
@@ -110,7 +112,7 @@ def patch_model(
             obstacles,
             "Leave these layers out with layers=, or pass strict=False to skip them."
             if found
-            else "It replaces the attention layers of transformers models.",
+            else "It replaces torch.nn.MultiheadAttention and the attention of transformers.",
         )
     return handle
 
@@ -119,18 +121,23 @@ def _replace(
     model: nn.Module, found: dict[str, nn.Module], chosen: list[str]
 ) -> tuple[dict[str, tuple[str, str]], list[Callable[[], None]]]:
     """Replace the chosen layers: what became of each, and how to take it back."""
-    details, undo = {}, []
-    switchable = {n: m for n, m in found.items() if switching.uses_the_interface(m)}
-    pending = {}
+    switching = _transformers_part()
+    details, undo, pending = {}, [], {}
     for name in chosen:
-        if name not in switchable:
-            details[name] = ("skipped", _NO_INTERFACE)
-        elif switching.is_patched(found[name]):
+        module = found[name]
+        if type(module) is nn.MultiheadAttention:
+            undo.append(torch_modules.swap(model, module))
+            details[name] = ("replaced", "was torch.nn.MultiheadAttention")
+        elif isinstance(module, MultiheadAttention):
+            details[name] = ("skipped", _PATCHED_BEFORE)
+        elif not _uses_the_interface(module):
+            details[name] = ("skipped", _UNKNOWN)
+        elif switching.is_patched(module):
             details[name] = ("skipped", _PATCHED_BEFORE)
         else:
-            pending[name] = found[name]
-    before = {name: _what_it_was(module) for name, module in pending.items()}
-    if pending and len(pending) == len(switchable):
+            pending[name] = module
+    was = {name: switching.describe(module) for name, module in pending.items()}
+    if pending and len(pending) == sum(map(_uses_the_interface, found.values())):
         undo.append(switching.switch_models(model))
     else:
         for name, module in pending.items():
@@ -140,7 +147,7 @@ def _replace(
                 undo.append(switching.switch_layer(module))
     for name, module in pending.items():
         if switching.is_patched(module):
-            details[name] = ("replaced", before[name])
+            details[name] = ("replaced", was[name])
         else:
             details.setdefault(name, ("skipped", "its model does not let its attention be set"))
     return details, undo
@@ -150,16 +157,35 @@ def _attention_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every attention layer by name, known or not; a wrapper around one is none itself."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        known = switching.uses_the_interface(module)
+        known = _is_known(module)
         if not known and "Attention" not in type(module).__name__:
             continue
         around = [outer for outer in found if name.startswith(f"{outer}.")]
-        wrappers = [outer for outer in around if not switching.uses_the_interface(found[outer])]
+        wrappers = [outer for outer in around if not _is_known(found[outer])]
         if known or wrappers == around:
             found[name] = module
             for wrapper in wrappers:
                 del found[wrapper]
     return found
+
+
+def _is_known(module: nn.Module) -> bool:
+    known_classes = (nn.MultiheadAttention, MultiheadAttention)
+    return type(module) in known_classes or _uses_the_interface(module)
+
+
+def _uses_the_interface(module: nn.Module) -> bool:
+    switching = _transformers_part()
+    return switching is not None and switching.uses_the_interface(module)
+
+
+def _transformers_part() -> ModuleType | None:
+    """What knows transformers, unless the program has no model of it and maybe not the package."""
+    if "transformers.modeling_utils" not in sys.modules:
+        return None
+    from efficient_attn.integrations import switching
+
+    return switching
 
 
 def _choose(names: list[str], layers: Iterable[int | str]) -> list[str]:
@@ -176,9 +202,3 @@ def _choose(names: list[str], layers: Iterable[int | str]) -> list[str]:
                 f"the names {', '.join(names)}."
             )
     return chosen
-
-
-def _what_it_was(module: nn.Module) -> str:
-    dropout = switching.attention_dropout(module)
-    warning = f"; its dropout of {dropout} is refused in training" if dropout else ""
-    return f"was {switching.implementation(module)}{warning}"

@@ -84,8 +84,14 @@ def obstacle_to_switching_alone(module: nn.Module) -> str | None:
     )
 
 
-def attention_dropout(module: nn.Module) -> float:
-    """The dropout that ``module`` hands over in training."""
+def describe(module: nn.Module) -> str:
+    """What ``module`` calls now, for the report."""
+    dropout = _attention_dropout(module)
+    warning = f"; its dropout of {dropout} is refused in training" if dropout else ""
+    return f"was {implementation(module)}{warning}"
+
+
+def _attention_dropout(module: nn.Module) -> float:
     for name in ("attention_dropout", "dropout", "dropout_p", "attn_dropout"):
         dropout = getattr(module, name, None)
         dropout = getattr(dropout, "p", dropout)
