@@ -62,7 +62,13 @@ FAMILIES = {
     # sdpa has no softcap and no attention sinks.
     "gemma2": (
         Gemma2ForCausalLM,
-        Gemma2Config(**_decoder, head_dim=16, attn_logit_softcapping=2.0, **_some_slide),
+        Gemma2Config(
+            **_decoder,
+            head_dim=16,
+            attn_logit_softcapping=2.0,
+            tie_word_embeddings=False,
+            **_some_slide,
+        ),
         "eager",
     ),
     "gpt_oss": (
