@@ -6,7 +6,6 @@ import textwrap
 
 import pytest
 import torch
-from tiny_models import CountCalls, model_pair, padded_tokens, positions
 from torch import nn
 from transformers import (
     BloomConfig,
@@ -26,20 +25,20 @@ TIGHT = {"rtol": 1e-5, "atol": 1e-5}
 
 
 @pytest.fixture
-def logits():
+def logits(decoder_batch, count_calls):
     """Logits of a model on one left-padded batch, and how often our attention ran."""
-    ids, mask = padded_tokens("left")
+    batch = decoder_batch("left")
 
     def run(model):
-        with torch.no_grad(), CountCalls() as counter:
-            out = model(ids, attention_mask=mask, position_ids=positions(mask)).logits
-        return out[mask.bool()], counter.calls
+        with torch.no_grad(), count_calls() as counter:
+            out = model(**batch).logits
+        return out[batch["attention_mask"].bool()], counter.calls
 
     return run
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_a_whole_model_and_back(family, logits):
+def test_a_whole_model_and_back(family, logits, model_pair):
     _, model = model_pair(family)
     before = model.config._attn_implementation
     parameters = [id(parameter) for parameter in model.parameters()]
@@ -59,7 +58,7 @@ def test_a_whole_model_and_back(family, logits):
 
 @pytest.mark.parametrize("layers", [[1], ["model.layers.0.self_attn"]])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt_oss"])
-def test_some_layers_and_back(family, layers, logits):
+def test_some_layers_and_back(family, layers, logits, model_pair):
     _, model = model_pair(family)
     configs = [module.config for module in model.modules() if hasattr(module, "config")]
     expected, _ = logits(model)
@@ -75,15 +74,14 @@ def test_some_layers_and_back(family, layers, logits):
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_some_layers_while_generating(cache):
+def test_some_layers_while_generating(cache, model_pair, padded_batch):
     """The masks stay those of sdpa, which has another reading of a missing one."""
     theirs, ours = model_pair("llama")
     patch_model(ours, layers=[0])
     for padding in ("none", "left"):
-        ids, mask = padded_tokens(padding)
         options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": cache}
-        options |= {"attention_mask": mask, "disable_compile": True}
-        assert torch.equal(ours.generate(ids, **options), theirs.generate(ids, **options))
+        options |= {"disable_compile": True, **padded_batch(padding)}
+        assert torch.equal(ours.generate(**options), theirs.generate(**options))
 
 
 def test_models_that_share_a_configuration_stay_apart(logits):
@@ -100,14 +98,14 @@ def test_models_that_share_a_configuration_stay_apart(logits):
     assert len(patched_configs) == 1
 
 
-def test_what_is_changed_in_between_outlives_an_undo():
+def test_what_is_changed_in_between_outlives_an_undo(model_pair):
     _, model = model_pair("llama")
     with patch_model(model):
         model.config.use_cache = False
     assert model.config.use_cache is False
 
 
-def test_patching_twice():
+def test_patching_twice(model_pair):
     _, model = model_pair("llama")
     first = patch_model(model)
     second = patch_model(model)
@@ -119,7 +117,7 @@ def test_patching_twice():
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_patching_the_rest_later(logits):
+def test_patching_the_rest_later(logits, model_pair):
     _, model = model_pair("llama")
     expected, _ = logits(model)
     first = patch_model(model, layers=[0])
@@ -134,7 +132,7 @@ def test_patching_the_rest_later(logits):
     assert logits(model)[1] == 0
 
 
-def test_the_report():
+def test_the_report(model_pair):
     _, model = model_pair("llama")
     report = patch_model(model, layers=[1]).report
     assert report.replaced == ("model.layers.1.self_attn",)
@@ -155,7 +153,7 @@ def test_the_report():
     )
 
 
-def test_models_inside_other_modules():
+def test_models_inside_other_modules(model_pair):
     _, model = model_pair("llama")
     wrapped = nn.ModuleDict({"inner": model, "head": nn.Linear(2, 2)})
     with patch_model(wrapped) as patch:
@@ -164,7 +162,7 @@ def test_models_inside_other_modules():
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_models_with_several_parts():
+def test_models_with_several_parts(count_calls):
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -181,7 +179,7 @@ def test_models_with_several_parts():
     inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 16, 16)}
     with torch.no_grad():
         expected = model(**inputs).logits
-        with patch_model(model) as patch, CountCalls() as counter:
+        with patch_model(model) as patch, count_calls() as counter:
             got = model(**inputs).logits
     assert len(patch.report.replaced) == 4
     assert counter.calls >= 3  # the vision tower's last layer may be left out
@@ -204,7 +202,7 @@ def test_what_cannot_be_replaced():
     assert set(report.skipped) == {"0.h.0.self_attention", "0.h.1.self_attention"}
 
 
-def test_masks_that_only_one_implementation_reads():
+def test_masks_that_only_one_implementation_reads(model_pair):
     _, model = model_pair("llama")
     model.set_attn_implementation("flex_attention")
     with pytest.raises(UnsupportedError, match="flex_attention.*sdpa"):
@@ -220,7 +218,7 @@ def test_masks_that_only_one_implementation_reads():
         ({"layers": ["model.layers.7.self_attn"]}, "model.layers.0.self_attn"),
     ],
 )
-def test_wrong_arguments(options, message):
+def test_wrong_arguments(options, message, model_pair):
     _, model = model_pair("llama")
     with pytest.raises(ValueError, match=message):
         patch_model(model, **options)
@@ -231,20 +229,19 @@ def test_a_model_without_attention():
         patch_model(nn.Linear(2, 2), strict=False)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_torch_encoder(batch_first, training):
+def test_torch_encoder(batch_first, training, count_calls):
     """In evaluation too, where torch would run a fused kernel of its own."""
     layer = nn.TransformerEncoderLayer(32, 4, 48, dropout=0.0, batch_first=batch_first)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=batch_first).train(training)
     tokens = torch.randn(3, 7, 32) if batch_first else torch.randn(7, 3, 32)
     padding = torch.arange(7) >= torch.tensor([7, 4, 5])[:, None]
     real = ~padding if batch_first else ~padding.T
-    hook_calls = []
-    model.layers[0].self_attn.register_forward_hook(lambda *_: hook_calls.append(1))
 
     def run():
-        with torch.set_grad_enabled(training), CountCalls() as counter:
+        with torch.set_grad_enabled(training), count_calls() as counter:
             out = model(tokens, src_key_padding_mask=padding)
         return out[real], counter.calls
 

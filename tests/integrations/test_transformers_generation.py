@@ -2,63 +2,70 @@
 
 import pytest
 import torch
-from tiny_models import DECODERS, CountCalls, model_pair, padded_tokens
 
 NEW_TOKENS = 8
+DECODERS = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt_oss")
 
 
-def generate_both(family, ids, mask, **options):
+@pytest.fixture
+def generate_both(model_pair, count_calls):
     """The tokens that both models generate, and how often our attention ran."""
-    theirs, ours = model_pair(family)
-    ours.set_attn_implementation("efficient_attn")
-    options = {
-        "attention_mask": mask,
-        "max_new_tokens": NEW_TOKENS,
-        "do_sample": False,
-        "disable_compile": True,
-        **options,
-    }
-    expected = theirs.generate(ids, **options)
-    with CountCalls() as counter:
-        got = ours.generate(ids, **options)
-    assert len(expected[:, -NEW_TOKENS:].unique()) > 3, "the models say too little"
-    return expected, got, counter.calls
+
+    def run(family, batch, **options):
+        theirs, ours = model_pair(family)
+        ours.set_attn_implementation("efficient_attn")
+        options = {"do_sample": False, "disable_compile": True, **batch, **options}
+        expected = theirs.generate(max_new_tokens=NEW_TOKENS, **options)
+        with count_calls() as counter:
+            got = ours.generate(max_new_tokens=NEW_TOKENS, **options)
+        assert len(expected[:, -NEW_TOKENS:].unique()) > 3, "the models run in circles"
+        return expected, got, counter.calls
+
+    return run
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("family", DECODERS)
-def test_greedy_search_on_a_padded_batch(family, cache):
-    ids, mask = padded_tokens("left")
-    expected, got, calls = generate_both(family, ids, mask, cache_implementation=cache)
+def test_greedy_search_on_a_padded_batch(family, cache, generate_both, padded_batch):
+    batch = padded_batch("left")
+    expected, got, calls = generate_both(family, batch, cache_implementation=cache)
     assert torch.equal(got, expected)
     assert calls == 2 * NEW_TOKENS
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_greedy_search_without_padding(cache):
-    ids, mask = padded_tokens("none")
-    expected, got, _ = generate_both("mistral", ids, mask, cache_implementation=cache)
+def test_greedy_search_without_padding(cache, generate_both, padded_batch):
+    batch = padded_batch("none")
+    expected, got, _ = generate_both("mistral", batch, cache_implementation=cache)
     assert torch.equal(got, expected)
 
 
-def test_beam_search():
-    ids, mask = padded_tokens("left")
-    expected, got, _ = generate_both("qwen2", ids, mask, num_beams=3)
+def test_beam_search(generate_both, padded_batch):
+    expected, got, _ = generate_both("qwen2", padded_batch("left"), num_beams=3)
     assert torch.equal(got, expected)
 
 
-def test_chunked_prefill():
-    ids, mask = padded_tokens("none")
-    expected, got, calls = generate_both("mistral", ids, mask, prefill_chunk_size=5)
+def test_chunked_prefill(generate_both, padded_batch):
+    batch = padded_batch("none")
+    expected, got, calls = generate_both("mistral", batch, prefill_chunk_size=5)
     assert torch.equal(got, expected)
     assert calls > 2 * NEW_TOKENS
 
 
-def test_prompt_lookup():
-    """Several candidate tokens are checked at once against a cache that grows and is cut back."""
-    ids, mask = padded_tokens("none")
-    expected, got, calls = generate_both(
-        "llama", ids[:1].repeat(1, 2), mask[:1].repeat(1, 2), prompt_lookup_num_tokens=3
-    )
+def test_prompt_lookup(generate_both, padded_batch):
+    """Several candidates are checked at once, against a cache that is cut back again."""
+    batch = {name: x[:1].repeat(1, 2) for name, x in padded_batch("none").items()}
+    expected, got, calls = generate_both("llama", batch, prompt_lookup_num_tokens=3)
     assert torch.equal(got, expected)
     assert calls <= 2 * NEW_TOKENS
+
+
+def test_compiled_decoding(model_pair, padded_batch):
+    """Generation with a static cache compiles its decoding steps by itself where it can."""
+    theirs, ours = model_pair("mistral")
+    ours.set_attn_implementation("efficient_attn")
+    options = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static"}
+    batch = padded_batch("left")
+    expected = theirs.generate(**batch, **options)
+    ours.forward = torch.compile(ours.forward, backend="aot_eager", fullgraph=True)
+    assert torch.equal(ours.generate(**batch, **options), expected)

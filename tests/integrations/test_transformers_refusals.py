@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny_models import model_pair, padded_tokens
 from torch import nn
 from transformers import BertConfig, BertModel
 
@@ -61,23 +60,21 @@ def test_a_mask_that_does_not_fit_is_named():
         call(mask=torch.ones(2, 1, 5, 4, dtype=torch.bool))
 
 
-def test_asking_for_weights():
+def test_asking_for_weights(model_pair, padded_batch):
     _, ours = model_pair("llama")
     ours.set_attn_implementation("efficient_attn")
-    ids, _ = padded_tokens("none")
     with pytest.raises(UnsupportedError, match="output_attentions"):
-        ours(ids, output_attentions=True)
+        ours(**padded_batch("none"), output_attentions=True)
     with pytest.raises(ValueError, match="output_attentions"):
         ours.config.output_attentions = True
 
 
-def test_dropout_is_refused_in_training_only():
+def test_dropout_is_refused_in_training_only(padded_batch):
     torch.manual_seed(0)
     model = BertModel(
         BertConfig(vocab_size=96, hidden_size=64, num_hidden_layers=1, num_attention_heads=4)
     )
     model.set_attn_implementation("efficient_attn")
-    ids, mask = padded_tokens("right")
-    model.eval()(ids, attention_mask=mask)
+    model.eval()(**padded_batch("right"))
     with pytest.raises(UnsupportedError, match="attention_probs_dropout_prob=0.0"):
-        model.train()(ids, attention_mask=mask)
+        model.train()(**padded_batch("right"))
