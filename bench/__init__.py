@@ -1,0 +1,1 @@
+"""Benchmarks of efficient_attn against what its users would otherwise run: ``python -m bench``."""

@@ -1,0 +1,193 @@
+"""``python -m bench``: list, run, gpu, plot, compare."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from bench.environment import keep_pages
+
+if __name__ == "__main__":
+    # The profiler that weighs memory is talkative; this is one above its highest level.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    keep_pages()
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from bench.ceilings import measure_ceilings
+from bench.compare import changes, differences_of_environment, print_changes
+from bench.environment import describe
+from bench.gpu import RESULTS, run_everything
+from bench.measure import clock_for
+from bench.plot import draw
+from bench.providers import PROVIDERS, Provider, reasons_against
+from bench.report import ResultsFile, print_summary, read_records
+from bench.runner import run_workload
+from bench.suites import SUITES, select
+from bench.workloads import Workload, gigaflops
+
+app = typer.Typer(
+    help=__doc__.splitlines()[0],
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+# Written to a file or a pipe, tables keep the width that their names need.
+console = Console(width=None if sys.stdout.isatty() else 120)
+
+# What writes all scores has never been the fastest at the lengths of the quick run.
+LEFT_OUT_OF_QUICK = {name for name in PROVIDERS if name == "eager" or "-math" in name}
+
+Device = Annotated[str, typer.Option(help="cpu or cuda; each has workloads of its own size.")]
+Suites = Annotated[
+    list[str] | None,
+    typer.Option("--suite", help=f"One of {', '.join(SUITES)}; may be repeated. Default: all."),
+]
+Match = Annotated[str, typer.Option(help="Only workloads whose name contains this text.")]
+Chosen = Annotated[
+    list[str] | None,
+    typer.Option("--provider", help="A provider by name; may be repeated. Default: all."),
+]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="Less than a minute; without what writes all scores.")
+]
+Output = Annotated[Path, typer.Option(help="Where to write; made if missing.")]
+
+
+@app.command("list")
+def list_workloads(
+    device: Device = "",
+    suite: Suites = None,
+    match: Match = "",
+    quick: Quick = False,
+    who: Annotated[
+        bool, typer.Option("--who", help="Also which providers can run each workload.")
+    ] = False,
+) -> None:
+    """Show the workloads."""
+    table = Table()
+    for column in ("name", "rank", "GFLOP", *(["providers"] if who else [])):
+        table.add_column(column, justify="right" if column in ("rank", "GFLOP") else "left")
+    for workload in _select(device, suite, match, quick):
+        able = [
+            n for n, p in PROVIDERS.items() if not reasons_against(p, workload, workload.device)
+        ]
+        cells = [workload.name, str(workload.rank), gigaflops(workload)]
+        table.add_row(*cells, *([", ".join(able)] if who else []))
+    Console(width=max(console.width, 160) if who else None).print(table)
+
+
+@app.command()
+def run(
+    device: Device = "cpu",
+    suite: Suites = None,
+    match: Match = "",
+    provider: Chosen = None,
+    quick: Quick = False,
+    seconds: Annotated[
+        float | None, typer.Option(help="Time for each provider on each workload.")
+    ] = None,
+    out: Output = Path("bench-out/results.jsonl"),
+) -> None:
+    """Check, then time, and write one JSON line for each workload and provider."""
+    if device == "cuda":
+        _need_cuda()
+    workloads = _select(device, suite, match, quick)
+    if not workloads:
+        raise typer.BadParameter("no workload fits; see `python -m bench list`.")
+    seconds = seconds if seconds is not None else (0.3 if quick else 2.0)
+    clock = clock_for(device)
+    dtypes = sorted({workload.dtype for workload in workloads})
+    chosen = _providers(provider)
+    if quick and not provider:
+        chosen = [each for each in chosen if each.name not in LEFT_OUT_OF_QUICK]
+    with ResultsFile(out) as results:
+        ceilings = measure_ceilings(device, clock, dtypes)
+        results.write({"kind": "environment", **describe(device), "ceilings": ceilings})
+        for workload in track(workloads, "timing", console=console, transient=True):
+            run_workload(workload, chosen, device, clock, results.write, seconds=seconds)
+    print_summary(read_records(out), console)
+    console.print(f"records: {out}")
+
+
+@app.command()
+def gpu(
+    out: Output = Path("bench-out/gpu"),
+    minutes: Annotated[float, typer.Option(help="Time for everything together.")] = 9.0,
+    suite: Suites = None,
+    match: Match = "",
+    provider: Chosen = None,
+) -> None:
+    """Do all that needs a GPU, most valuable first, until the time is spent.
+
+    Ceilings, the GPU-marked tests, probes of torch's ops, then the suites by rank. Every result is
+    written as it comes, so the run may be killed at any moment.
+    """
+    _need_cuda()
+    workloads = _select("cuda", suite, match, False)
+    records = run_everything(
+        out, workloads, _providers(provider), minutes=minutes, say=console.print
+    )
+    print_summary(records, console)
+    console.print(f"records: {out / RESULTS}")
+
+
+@app.command()
+def plot(
+    results: Annotated[Path, typer.Argument(help="A file that run or gpu wrote.", exists=True)],
+    out: Output = Path("bench-out"),
+) -> None:
+    """Draw ratio.png, time.png and memory.png."""
+    for path in draw(read_records(results), out):
+        console.print(str(path))
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(help="The older results.", exists=True)],
+    after: Annotated[Path, typer.Argument(help="The newer results.", exists=True)],
+) -> None:
+    """Tell what became slower or faster beyond noise; exit code 1 if anything became slower."""
+    old, new = read_records(before), read_records(after)
+    for difference in differences_of_environment(old, new):
+        console.print(f"[yellow]different environment[/] {difference}")
+    found = changes(old, new)
+    print_changes(found, console)
+    if any(change.verdict == "slower" for change in found):
+        raise typer.Exit(1)
+
+
+def _select(device: str, suite: list[str] | None, match: str, quick: bool) -> list[Workload]:
+    if device not in ("", "cpu", "cuda"):
+        raise typer.BadParameter(f"device is {device!r}; it must be cpu or cuda.")
+    try:
+        return select(device=device or None, suites=suite, match=match, quick=quick)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _providers(names: list[str] | None) -> list[Provider]:
+    unknown = sorted(set(names or ()) - set(PROVIDERS))
+    if unknown:
+        raise typer.BadParameter(f"unknown providers {unknown}; there are {sorted(PROVIDERS)}.")
+    return [PROVIDERS[name] for name in names or PROVIDERS]
+
+
+def _need_cuda() -> None:
+    if not torch.cuda.is_available():
+        console.print(
+            "No CUDA device is visible, or this torch was built without CUDA. "
+            "`python -m bench run` does what a CPU can do."
+        )
+        raise typer.Exit(2)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m bench")

@@ -1,0 +1,71 @@
+"""What the device can do at best, measured in the run whose numbers are held against it."""
+
+from __future__ import annotations
+
+import torch
+
+from bench.measure import Clock
+from bench.workloads import DTYPES
+
+COPY_BYTES = {"cpu": 2**27, "cuda": 2**31}
+MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
+# Rows of 256 bytes are what gathering one bf16 head of width 128 reads.
+GATHER_ROW = 256
+GATHER_ROWS = {"cpu": 2**17, "cuda": 2**22}
+ROUNDS, CALLS = 3, 2
+
+
+def measure_ceilings(device: str, clock: Clock, dtypes: list[str], *, gather: bool = False) -> dict:
+    """Best of a few rounds of each.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda"``.
+        clock: The device's clock.
+        dtypes: Which matrix products to time.
+        gather: Also read random rows, by a Triton kernel where there is one.
+
+    Returns:
+        ``copy_bytes_per_second`` (read plus write), ``matmul_flops_per_second`` by dtype, and
+        ``gather_bytes_per_second`` (read plus write) if asked for.
+    """
+    record: dict = {"copy_bytes_per_second": _copy(device, clock)}
+    record["matmul_flops_per_second"] = {dtype: _matmul(device, clock, dtype) for dtype in dtypes}
+    if gather:
+        record["gather_bytes_per_second"] = _gather(device, clock)
+    return record
+
+
+def _copy(device: str, clock: Clock) -> float:
+    source = torch.randn(COPY_BYTES[device] // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES[device] / _best(clock, lambda: target.copy_(source))
+
+
+def _matmul(device: str, clock: Clock, dtype: str) -> float:
+    size = MATMUL_SIZE[device]
+    left, right = (torch.randn(size, size, device=device).to(DTYPES[dtype]) for _ in range(2))
+    out = torch.empty_like(left)
+    return 2 * size**3 / _best(clock, lambda: torch.mm(left, right, out=out))
+
+
+def _gather(device: str, clock: Clock) -> float:
+    rows = GATHER_ROWS[device]
+    source = torch.randn(rows, GATHER_ROW // 2, device=device).to(torch.bfloat16)
+    index = torch.randperm(rows, device=device).to(torch.int32)
+    target = torch.empty_like(source)
+    if device == "cuda":
+        from bench.gather_kernel import gather_rows
+    else:
+
+        def gather_rows(source, index, target):
+            torch.index_select(source, 0, index, out=target)
+
+    gather_rows(source, index, target)
+    if not torch.equal(target, source[index.long()]):
+        raise RuntimeError("the gather kernel copied wrong rows; its bandwidth means nothing.")
+    return 2 * rows * GATHER_ROW / _best(clock, lambda: gather_rows(source, index, target))
+
+
+def _best(clock: Clock, step) -> float:
+    step()
+    return min(clock.sample(step, CALLS) for _ in range(ROUNDS))

@@ -1,0 +1,157 @@
+"""Everything that needs a GPU in one go of limited time, most valuable first.
+
+Every result is on the disk before the next is begun, so the run may be killed at any moment.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.ceilings import measure_ceilings
+from bench.environment import ROOT, clocks, describe, without_paths
+from bench.measure import clock_for
+from bench.plot import draw
+from bench.providers import Provider
+from bench.report import ResultsFile, read_records
+from bench.runner import Write
+from bench.substituted_lse import probe
+from bench.worker import Worker
+from bench.workloads import Workload
+
+RESULTS = "results.jsonl"
+TEST_COMMAND = (sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rf", "-p", "no:cacheprovider")
+TEST_SECONDS, TEST_SHARE = 30.0, 0.4
+SECONDS_PER_PROVIDER = 0.3
+# A workload costs its set-up, and about this many calls at this rate over all providers.
+SETUP_SECONDS, CALLS, FLOPS_PER_SECOND = 6.0, 50, 3e14
+# Kept back for the figures.
+RESERVE_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A piece of the run: it starts only if ``seconds``, its likely cost, are left."""
+
+    name: str
+    seconds: float
+    run: Callable[[float], None]
+
+
+def run_jobs(
+    jobs: list[Job],
+    write: Write,
+    *,
+    seconds: float,
+    now: Callable[[], float] = time.monotonic,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Run jobs in their order while time lasts.
+
+    A job that no longer fits is recorded as skipped, and smaller ones after it still get their
+    turn. A job that raises is recorded as failed and does not end the run.
+
+    Args:
+        jobs: Most valuable first; each is told the seconds that are left.
+        write: Receives the records.
+        seconds: The time for all jobs.
+        now: The present time in seconds.
+        say: Receives one line about each job.
+    """
+    start = now()
+    for job in jobs:
+        begun = now()
+        left = seconds - (begun - start)
+        if left < job.seconds:
+            write({"kind": "job", "job": job.name, "status": "skipped", "seconds_left": left})
+            say(f"{left:5.0f} s left  skipped {job.name}")
+            continue
+        say(f"{left:5.0f} s left  {job.name}")
+        record = {"kind": "job", "job": job.name, "status": "done"}
+        try:
+            job.run(left)
+        except Exception as error:
+            reason = without_paths(f"{type(error).__name__}: {error}".partition("\n")[0])
+            record |= {"status": "failed", "reason": reason}
+            say(f"              failed: {reason}")
+        write(record | {"seconds": now() - begun})
+
+
+def estimate(workload: Workload) -> float:
+    """Seconds that a workload is likely to take with all its providers."""
+    return SETUP_SECONDS + CALLS * workload.flops() / FLOPS_PER_SECOND
+
+
+def run_everything(
+    folder: Path,
+    workloads: list[Workload],
+    providers: list[Provider],
+    *,
+    minutes: float,
+    device: str = "cuda",
+    test_command: tuple[str, ...] = TEST_COMMAND,
+    say: Callable[[str], None] = print,
+) -> list[dict]:
+    """Ceilings, tests, probes, then workloads by rank, into ``folder``; returns the records."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / RESULTS
+    ranked = sorted(workloads, key=lambda workload: workload.rank)
+    with ResultsFile(path) as results, Worker(device, seconds=SECONDS_PER_PROVIDER) as worker:
+
+        def environment(left: float) -> None:
+            dtypes = sorted({workload.dtype for workload in workloads})
+            ceilings = measure_ceilings(device, clock_for(device), dtypes, gather=True)
+            results.write({"kind": "environment", **describe(device), "ceilings": ceilings})
+
+        def tests(left: float) -> None:
+            results.write(run_tests(test_command, folder / "tests.txt", TEST_SHARE * left))
+
+        def substituted_lse(left: float) -> None:
+            for record in probe(device):
+                results.write(record)
+
+        def job_of(workload: Workload) -> Job:
+            likely = estimate(workload)
+
+            def run(left: float) -> None:
+                timeout = min(left, max(90.0, 4 * likely))
+                worker.run(workload, providers, results.write, timeout=timeout)
+
+            return Job(workload.name, likely, run)
+
+        jobs = [
+            Job("environment and ceilings", 0.0, environment),
+            Job("tests", TEST_SECONDS, tests),
+            Job("substituted log-sum-exp", 0.0, substituted_lse),
+            *map(job_of, ranked),
+            Job("clocks", 0.0, lambda left: results.write({"kind": "clocks", "clocks": clocks()})),
+        ]
+        run_jobs(jobs, results.write, seconds=60 * minutes - RESERVE_SECONDS, say=say)
+    records = read_records(path)
+    draw(records, folder)
+    return records
+
+
+def run_tests(command: tuple[str, ...], log: Path, seconds: float) -> dict:
+    """Run the tests in a process of their own; the log keeps what they said up to the end."""
+    with log.open("w", encoding="utf-8") as output:
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, timeout=seconds
+            )
+            exit_code: int | None = done.returncode
+        except subprocess.TimeoutExpired:
+            exit_code = None
+    said = without_paths(log.read_text(encoding="utf-8", errors="replace"))
+    log.write_text(said, encoding="utf-8")
+    lines = said.strip().splitlines()
+    return {
+        "kind": "tests",
+        "exit_code": exit_code,
+        "timed_out": exit_code is None,
+        "summary": lines[-1] if lines else "",
+    }

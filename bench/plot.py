@@ -1,0 +1,159 @@
+"""Figures of a results file."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from bench.report import environment_of, ratios
+from bench.workloads import length_label
+
+OURS, THEIRS = "#0b6e4f", "#9a9a9a"
+COLUMNS = 3
+PALETTE = ("#c1666b", "#4281a4", "#d4b483", "#7d5ba6", "#e08e45", "#5c6b73")
+
+
+def draw(records: list[dict], folder: Path) -> list[Path]:
+    """Write ``ratio.png``, ``time.png`` and ``memory.png``; a figure without data is left out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = {"ratio": _ratio_figure, "time": _time_figure, "memory": _memory_figure}
+    written = []
+    for name, make in figures.items():
+        figure = make(records)
+        if figure is not None:
+            path = folder / f"{name}.png"
+            figure.savefig(path, dpi=150, bbox_inches="tight")
+            plt.close(figure)
+            written.append(path)
+    return written
+
+
+def _ratio_figure(records: list[dict]) -> plt.Figure | None:
+    found = ratios(records)
+    if not found:
+        return None
+    figure, axes = _bars(len(found))
+    values = [ratio.value for ratio in found]
+    errors = [
+        [max(0.0, r.value - r.low) for r in found],
+        [max(0.0, r.high - r.value) for r in found],
+    ]
+    colors = [OURS if value >= 1 else THEIRS for value in values]
+    axes.barh(range(len(found)), values, color=colors, xerr=errors, ecolor="#555555", height=0.7)
+    axes.axvline(1, color="black", linewidth=0.8)
+    for row, ratio in enumerate(found):
+        axes.text(
+            ratio.high, row, f"  {ratio.value:.2f}x {ratio.baseline}", va="center", fontsize=7
+        )
+    axes.set_xlim(0, max(ratio.high for ratio in found) * 1.35)
+    _finish(axes, [ratio.workload for ratio in found], "times as fast as the fastest of torch")
+    axes.set_title(_title(records), fontsize=9, loc="left")
+    return figure
+
+
+def _memory_figure(records: list[dict]) -> plt.Figure | None:
+    names = [ratio.workload for ratio in ratios(records)]
+    if not names:
+        return None
+    baseline = {ratio.workload: ratio.baseline for ratio in ratios(records)}
+    timed = {(r["workload"]["name"], r["provider"]): r for r in _timed(records)}
+    ours = {ratio.workload: ratio.ours for ratio in ratios(records)}
+    figure, axes = _bars(len(names))
+    for providers, color, shift, label in (
+        (ours, OURS, -0.2, "efficient_attn"),
+        (baseline, THEIRS, 0.2, "fastest of torch"),
+    ):
+        values = [
+            timed[name, providers[name]]["memory"]["workspace_in_expanded_keys"] for name in names
+        ]
+        places = [row + shift for row in range(len(names))]
+        axes.barh(places, values, color=color, height=0.38, label=label)
+    axes.legend(fontsize=8, frameon=False)
+    label = "memory beyond inputs and results, in units of K written out per query head"
+    _finish(axes, names, label)
+    axes.set_title(_title(records), fontsize=9, loc="left")
+    return figure
+
+
+def _time_figure(records: list[dict]) -> plt.Figure | None:
+    families: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for record in _timed(records):
+        curves = families.setdefault(record["workload"]["family"], {})
+        point = (record["workload"]["num_keys"], record["seconds"]["median"] * 1e3)
+        curves.setdefault(record["provider"], []).append(point)
+    families = {
+        name: curves
+        for name, curves in families.items()
+        if len({length for points in curves.values() for length, _ in points}) > 1
+    }
+    if not families:
+        return None
+    names = sorted({provider for curves in families.values() for provider in curves})
+    others = [name for name in names if name != "efficient_attn"]
+    colors = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(others)}
+    rows = math.ceil(len(families) / COLUMNS)
+    figure, grid = plt.subplots(
+        rows, COLUMNS, figsize=(4.2 * COLUMNS, 3.1 * rows), squeeze=False, layout="constrained"
+    )
+    for axes in grid.flat[len(families) :]:
+        axes.set_visible(False)
+    for axes, (family, curves) in zip(grid.flat, families.items(), strict=False):
+        for provider, points in sorted(curves.items()):
+            ours = provider == "efficient_attn"
+            axes.plot(
+                *zip(*sorted(points), strict=True),
+                marker="o",
+                markersize=3,
+                linewidth=2.2 if ours else 1.2,
+                color=OURS if ours else colors[provider],
+                zorder=3 if ours else 2,
+                label=provider,
+            )
+        _log_axes(axes, sorted({length for points in curves.values() for length, _ in points}))
+        axes.set_title(family, fontsize=8, loc="left")
+        axes.legend(fontsize=6, frameon=False)
+    figure.supxlabel("tokens", fontsize=9)
+    figure.supylabel("milliseconds", fontsize=9)
+    figure.suptitle(_title(records), fontsize=10)
+    return figure
+
+
+def _timed(records: list[dict]) -> list[dict]:
+    return [r for r in records if r["kind"] == "result" and r["status"] == "timed"]
+
+
+def _bars(count: int) -> tuple[plt.Figure, Axes]:
+    return plt.subplots(figsize=(9, 1.2 + 0.3 * count), layout="constrained")
+
+
+def _finish(axes: Axes, names: list[str], label: str) -> None:
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel(label, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _log_axes(axes: Axes, lengths: list[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(lengths)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: length_label(round(x))))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(labelsize=7)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _title(records: list[dict]) -> str:
+    environment = environment_of(records)
+    if not environment:
+        return ""
+    return f"{environment['device']}, torch {environment['torch']}, commit {environment['commit']}"

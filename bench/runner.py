@@ -1,0 +1,167 @@
+"""One workload from inputs to records: check, then time, then weigh."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor
+
+from bench.check import Truth, Verdict, judge, prepare
+from bench.environment import without_paths
+from bench.measure import Clock, Timing, interleave, peak_bytes
+from bench.providers import Call, Provider, reasons_against
+from bench.workloads import Inputs, Workload
+
+Write = Callable[[dict], None]
+Step = Callable[[], tuple[Tensor, ...]]
+
+
+@dataclass
+class Outcome:
+    """What became of one provider on one workload.
+
+    ``status`` is ``"timed"``, ``"unsupported"`` (it cannot run this, said before or by torch),
+    ``"wrong"`` (it failed the check) or ``"broken"`` (it raised where it should not have).
+    """
+
+    provider: Provider
+    status: str
+    reasons: list[str] = field(default_factory=list)
+    step: Step | None = None
+    verdict: Verdict | None = None
+
+
+def run_workload(
+    workload: Workload,
+    providers: list[Provider],
+    device: str,
+    clock: Clock,
+    write: Write,
+    *,
+    seconds: float = 2.0,
+    trying: Callable[[str], None] = lambda provider: None,
+) -> None:
+    """Check and time every provider that can run ``workload``, and write one record for each.
+
+    Args:
+        workload: What to run.
+        providers: Whom to time.
+        device: ``"cpu"`` or ``"cuda"``.
+        clock: The device's clock.
+        write: Receives the records.
+        seconds: Time to spend on each provider.
+        trying: Told the name of each provider before it is set to work.
+    """
+    inputs = workload.make_inputs(device)
+    truth = prepare(workload, inputs)
+    outcomes = []
+    for provider in providers:
+        trying(provider.name)
+        outcomes.append(_admit(provider, workload, inputs, truth, device))
+    steps = {o.provider.name: o.step for o in outcomes if o.step is not None}
+    timings = interleave(steps, clock, seconds, trying)
+    records = []
+    for outcome in outcomes:
+        trying(outcome.provider.name)
+        records.append(_record(workload, outcome, timings, truth.limit, device))
+    for record in records:
+        write(record)
+    del inputs, truth, outcomes, steps
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _record(
+    workload: Workload,
+    outcome: Outcome,
+    timings: dict[str, Timing],
+    limits: dict[str, float],
+    device: str,
+) -> dict:
+    record = {
+        "kind": "result",
+        "workload": workload.as_record(),
+        "provider": outcome.provider.name,
+        "side": outcome.provider.side,
+        "status": outcome.status,
+        "reasons": outcome.reasons,
+    }
+    if outcome.verdict is not None:
+        record["errors"] = outcome.verdict.errors
+        record["error_limits"] = limits
+    if outcome.step is not None:
+        timing = timings[outcome.provider.name]
+        record["seconds"] = asdict(timing)
+        record["flops_per_second"] = workload.flops() / timing.median
+        record["bytes_per_second"] = workload.minimal_bytes() / timing.median
+        record["memory"] = _weigh(workload, outcome.step, device)
+    return record
+
+
+def _admit(
+    provider: Provider, workload: Workload, inputs: Inputs, truth: Truth, device: str
+) -> Outcome:
+    """Build and check one provider; only what passes carries a step."""
+    reasons = reasons_against(provider, workload, device)
+    if reasons:
+        return Outcome(provider, "unsupported", reasons)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        try:
+            step = make_step(workload, provider.build(workload, inputs), inputs, truth.grad_out)
+            verdict = judge(workload, truth, step())
+        # Whatever a provider raises is its own result and must not end the run.
+        except Exception as error:
+            if device == "cuda":
+                # Raises again where the context is lost, and then the process has to be replaced.
+                torch.cuda.synchronize()
+            said = [_first_line(str(w.message)) for w in heard]
+            reasons = [f"{type(error).__name__}: {_first_line(str(error))}", *dict.fromkeys(said)]
+            refused = provider.side == "torch" and isinstance(error, RuntimeError)
+            return Outcome(provider, "unsupported" if refused else "broken", reasons)
+    if not verdict.passed:
+        return Outcome(provider, "wrong", verdict.reasons, verdict=verdict)
+    return Outcome(provider, "timed", step=step, verdict=verdict)
+
+
+def make_step(workload: Workload, call: Call, inputs: Inputs, grad_out: Tensor | None) -> Step:
+    """What is timed: the call alone, or the call and the gradients of all three inputs."""
+    if grad_out is None:
+
+        def forward() -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                return (call(),)
+
+        return forward
+
+    def forward_backward() -> tuple[Tensor, ...]:
+        out = call()
+        return (out, *torch.autograd.grad(out, inputs, grad_out))
+
+    return forward_backward
+
+
+def _weigh(workload: Workload, step: Step, device: str) -> dict:
+    """Peak memory of one call, and what of it is neither output nor gradient.
+
+    ``workspace_in_expanded_keys`` below 1 proves that K was never written out per query head.
+    """
+    peak = peak_bytes(step, device)
+    results = workload.result_bytes()
+    expanded = workload.expanded_key_bytes()
+    return {
+        "peak_bytes": peak,
+        "result_bytes": results,
+        "expanded_key_bytes": expanded,
+        "workspace_in_expanded_keys": max(0, peak - results) / expanded,
+    }
+
+
+def _first_line(message: str) -> str:
+    line = message.partition("(Triggered internally")[0].strip().partition("\n")[0]
+    return without_paths(line)[:300]

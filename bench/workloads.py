@@ -1,0 +1,210 @@
+"""What is timed: one attention call as data, with its exact costs and its inputs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+import efficient_attn as ea
+
+Mode = Literal["forward", "forward_backward"]
+Window = tuple[int | None, int | None]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Inputs(NamedTuple):
+    """The tensors of one call, ``(batch, heads, tokens, dim)``."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """One attention call.
+
+    Attributes:
+        name: Unique; ``family-length`` by convention.
+        suite: The suite it belongs to.
+        device: The kind of device its size is meant for, ``"cpu"`` or ``"cuda"``.
+        q_to_k: Key head of each query head; ``None`` means even contiguous groups.
+        q_to_v: The same for value heads.
+        window: Keys visible on the left and right of the lower-right diagonal, as in the package.
+        layout: How the inputs are stored. ``"tokens"`` is what a projection produces,
+            ``(batch, tokens, heads, dim)`` seen through a transpose; ``"heads"`` is contiguous.
+        rank: Order of value on a device whose time is limited; 0 is a headline.
+        quick: Whether it belongs to the run that takes less than a minute.
+    """
+
+    name: str
+    suite: str
+    device: Literal["cpu", "cuda"]
+    batch: int = 1
+    q_heads: int
+    k_heads: int
+    v_heads: int
+    q_to_k: tuple[int, ...] | None = None
+    q_to_v: tuple[int, ...] | None = None
+    num_queries: int
+    num_keys: int
+    d_qk: int
+    d_v: int
+    causal: bool = True
+    window: Window | None = None
+    dtype: str = "float32"
+    mode: Mode = "forward"
+    layout: Literal["tokens", "heads"] = "tokens"
+    rank: int = 1
+    quick: bool = False
+
+    @property
+    def family(self) -> str:
+        """The name without its length: workloads of one family make one curve."""
+        return self.name.rsplit("-", 1)[0]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def scale(self) -> float:
+        return self.d_qk**-0.5
+
+    @property
+    def needs_gradients(self) -> bool:
+        return self.mode == "forward_backward"
+
+    @property
+    def has_even_groups(self) -> bool:
+        return self.q_to_k is None and self.q_to_v is None
+
+    def key_index(self) -> list[int]:
+        """The key head of each query head, written out."""
+        return _written_out(self.q_to_k, self.q_heads, self.k_heads)
+
+    def value_index(self) -> list[int]:
+        """The value head of each query head, written out."""
+        return _written_out(self.q_to_v, self.q_heads, self.v_heads)
+
+    def head_map(self, device: str) -> ea.HeadMap | None:
+        """The map to pass to the package; ``None`` where even groups follow from the shapes."""
+        if self.has_even_groups:
+            return None
+        return ea.HeadMap.from_index(
+            torch.tensor(self.key_index()),
+            torch.tensor(self.value_index()),
+            num_k_heads=self.k_heads,
+            num_v_heads=self.v_heads,
+        ).to(device)
+
+    def reach(self) -> tuple[int, int]:
+        """Keys visible left and right of the diagonal; a side without limit gets a large number."""
+        left, right = self.window or (None, None)
+        left = self.num_queries + self.num_keys if left is None else left
+        right = self.num_queries + self.num_keys if right is None else right
+        return left, min(right, 0) if self.causal else right
+
+    def visible_keys(self, rows: Tensor) -> Tensor:
+        """Which keys the given query rows see, bool ``(rows, num_keys)``."""
+        left, right = self.reach()
+        diagonal = rows.unsqueeze(1) + (self.num_keys - self.num_queries)
+        keys = torch.arange(self.num_keys, device=rows.device)
+        return (keys >= diagonal - left) & (keys <= diagonal + right)
+
+    def visible_scores(self) -> int:
+        """Query-key pairs of one head that are not masked, counted exactly."""
+        left, right = self.reach()
+        diagonal = torch.arange(self.num_queries) + (self.num_keys - self.num_queries)
+        first = (diagonal - left).clamp(min=0)
+        last = (diagonal + right).clamp(max=self.num_keys - 1)
+        return int((last - first + 1).clamp(min=0).sum())
+
+    def flops(self) -> int:
+        """Matrix-product operations of the visible scores.
+
+        Two products forward; five backward, of which the scores are recomputed.
+        """
+        per_score = 2 * (self.d_qk + self.d_v)
+        if self.needs_gradients:
+            per_score += 2 * (3 * self.d_qk + 2 * self.d_v)
+        return self.batch * self.q_heads * self.visible_scores() * per_score
+
+    def minimal_bytes(self) -> int:
+        """Bytes that must cross the memory bus when everything else stays on the chip.
+
+        Forward reads Q, K, V and writes O; backward reads Q, K, V, O, dO and writes dQ, dK, dV.
+        """
+        moved = self._input_elements() + self._output_elements()
+        passes = 3 if self.needs_gradients else 1
+        return passes * moved * self.torch_dtype.itemsize
+
+    def result_bytes(self) -> int:
+        """Bytes of what a call returns: the output, and the gradients of the inputs."""
+        gradients = self._input_elements() if self.needs_gradients else 0
+        return (self._output_elements() + gradients) * self.torch_dtype.itemsize
+
+    def expanded_key_bytes(self) -> int:
+        """Bytes of K written out once per query head, the buffer that a head map avoids."""
+        elements = self.batch * self.q_heads * self.num_keys * self.d_qk
+        return elements * self.torch_dtype.itemsize
+
+    def score_bytes(self) -> int:
+        """Bytes of the score matrix of all heads, which a plain implementation writes."""
+        elements = self.batch * self.q_heads * self.num_queries * self.num_keys
+        return elements * max(self.torch_dtype.itemsize, 4)
+
+    def _input_elements(self) -> int:
+        query = self.q_heads * self.num_queries * self.d_qk
+        key_value = self.num_keys * (self.k_heads * self.d_qk + self.v_heads * self.d_v)
+        return self.batch * (query + key_value)
+
+    def _output_elements(self) -> int:
+        return self.batch * self.q_heads * self.num_queries * self.d_v
+
+    def make_inputs(self, device: str, seed: int = 0) -> Inputs:
+        """Standard normal inputs. Never zeros: hardware is faster on them."""
+        generator = torch.Generator(device).manual_seed(seed)
+        sizes = (
+            (self.q_heads, self.num_queries, self.d_qk),
+            (self.k_heads, self.num_keys, self.d_qk),
+            (self.v_heads, self.num_keys, self.d_v),
+        )
+        return Inputs(*(self._normal(size, device, generator) for size in sizes))
+
+    def _normal(
+        self, size: tuple[int, int, int], device: str, generator: torch.Generator
+    ) -> Tensor:
+        heads, tokens, dim = size
+        stored = (heads, tokens, dim) if self.layout == "heads" else (tokens, heads, dim)
+        x = torch.randn(
+            self.batch, *stored, device=device, dtype=self.torch_dtype, generator=generator
+        )
+        x = x if self.layout == "heads" else x.transpose(1, 2)
+        return x.requires_grad_(self.needs_gradients)
+
+    def as_record(self) -> dict:
+        """The workload as plain data, with the costs that its numbers are computed from."""
+        costs = {"flops": self.flops(), "minimal_bytes": self.minimal_bytes()}
+        return {**asdict(self), "family": self.family, **costs}
+
+
+def length_label(tokens: int) -> str:
+    """``4096`` as ``4k``, ``300`` as ``300``."""
+    return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
+
+
+def _written_out(index: tuple[int, ...] | None, q_heads: int, heads: int) -> list[int]:
+    return list(index) if index is not None else [h * heads // q_heads for h in range(q_heads)]
+
+
+def gigaflops(workload: Workload) -> str:
+    """The work of one call for a table, three significant digits."""
+    value = workload.flops() / 1e9
+    digits = max(0, 2 - math.floor(math.log10(value))) if value else 0
+    return f"{value:.{digits}f}"
