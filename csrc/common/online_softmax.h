@@ -2,7 +2,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <limits>
 
 #include "common/macros.h"
 
@@ -12,14 +11,14 @@ namespace ea {
 // exp(score - maximum). A state that saw nothing has maximum -inf and sum 0.
 template <typename Real>
 struct SoftmaxState {
-  Real max = -std::numeric_limits<Real>::infinity();
+  Real max = Real(-INFINITY);
   Real sum = 0;
 };
 
 // exp(x - max), where nothing seen counts as zero rather than as exp(-inf + inf).
 template <typename Real>
 EA_HOST_DEVICE Real shifted_exp(Real x, Real max) {
-  return x == -std::numeric_limits<Real>::infinity() ? Real(0) : std::exp(x - max);
+  return x == Real(-INFINITY) ? Real(0) : std::exp(x - max);
 }
 
 // The state of the scores of both. Commutative, and associative up to rounding.
@@ -32,7 +31,7 @@ EA_HOST_DEVICE SoftmaxState<Real> merge(SoftmaxState<Real> a, SoftmaxState<Real>
 // log(sum exp(score)) of everything seen; -inf where nothing was.
 template <typename Real>
 EA_HOST_DEVICE Real log_sum_exp(SoftmaxState<Real> state) {
-  return state.sum == 0 ? -std::numeric_limits<Real>::infinity() : state.max + std::log(state.sum);
+  return state.sum == 0 ? Real(-INFINITY) : state.max + std::log(state.sum);
 }
 
 // How much each of `count` partial results weighs in their merger, from their log-sum-exps.
