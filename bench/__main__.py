@@ -102,7 +102,7 @@ def run(
     workloads = _select(device, suite, match, quick)
     if not workloads:
         raise typer.BadParameter("no workload fits; see `python -m bench list`.")
-    seconds = seconds if seconds is not None else (0.3 if quick else 2.0)
+    seconds = seconds if seconds is not None else (0.3 if quick else 1.0)
     clock = clock_for(device)
     dtypes = sorted({workload.dtype for workload in workloads})
     chosen = _providers(provider)

@@ -68,17 +68,8 @@ def prepare(workload: Workload, inputs: Inputs, seed: int = 1) -> Truth:
     rows = _sample_rows(workload, generator)
     grad_out = None
     if workload.needs_gradients:
-        shape = (workload.batch, workload.q_heads, workload.num_queries, workload.d_v)
-        grad_out = torch.zeros(shape, device=device, dtype=workload.torch_dtype)
-        sampled = torch.randn(
-            *shape[:2],
-            len(rows),
-            shape[3],
-            device=device,
-            dtype=grad_out.dtype,
-            generator=generator,
-        )
-        grad_out[:, :, rows] = sampled
+        grad_out = torch.zeros_like(workload.make_grad_out(generator))
+        grad_out[:, :, rows] = workload.make_grad_out(generator)[:, :, rows]
     exact, magnitude = _evaluate(workload, inputs, rows, grad_out, torch.float64)
     plain, _ = _evaluate(workload, inputs, rows, grad_out, workload.torch_dtype)
     floor = FLOOR * torch.finfo(workload.torch_dtype).eps

@@ -59,7 +59,9 @@ def clocks() -> dict[str, str] | None:
     """Driver, present clocks and power of the first GPU; ``None`` if the tool is missing."""
     fields = ["driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw"]
     fields += ["power.limit", "temperature.gpu"]
-    line = _output("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i0")
+    line = _output(
+        "nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", "0"
+    )
     return dict(zip(fields, line.split(", "), strict=False)) if line else None
 
 

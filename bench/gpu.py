@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from bench.ceilings import measure_ceilings
 from bench.environment import ROOT, clocks, describe, without_paths
 from bench.measure import clock_for
@@ -105,6 +107,8 @@ def run_everything(
         def environment(left: float) -> None:
             dtypes = sorted({workload.dtype for workload in workloads})
             ceilings = measure_ceilings(device, clock_for(device), dtypes, gather=True)
+            if device == "cuda":
+                torch.cuda.empty_cache()
             results.write({"kind": "environment", **describe(device), "ceilings": ceilings})
 
         def tests(left: float) -> None:

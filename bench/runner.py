@@ -58,10 +58,14 @@ def run_workload(
     """
     inputs = workload.make_inputs(device)
     truth = prepare(workload, inputs)
+    # Checked with a gradient that is mostly zeros, timed with one that has none.
+    grad_out = None
+    if workload.needs_gradients:
+        grad_out = workload.make_grad_out(torch.Generator(device).manual_seed(2))
     outcomes = []
     for provider in providers:
         trying(provider.name)
-        outcomes.append(_admit(provider, workload, inputs, truth, device))
+        outcomes.append(_admit(provider, workload, inputs, truth, grad_out, device))
     steps = {o.provider.name: o.step for o in outcomes if o.step is not None}
     timings = interleave(steps, clock, seconds, trying)
     records = []
@@ -70,7 +74,7 @@ def run_workload(
         records.append(_record(workload, outcome, timings, truth.limit, device))
     for record in records:
         write(record)
-    del inputs, truth, outcomes, steps
+    del inputs, truth, grad_out, outcomes, outcome, steps
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -104,7 +108,12 @@ def _record(
 
 
 def _admit(
-    provider: Provider, workload: Workload, inputs: Inputs, truth: Truth, device: str
+    provider: Provider,
+    workload: Workload,
+    inputs: Inputs,
+    truth: Truth,
+    grad_out: Tensor | None,
+    device: str,
 ) -> Outcome:
     """Build and check one provider; only what passes carries a step."""
     reasons = reasons_against(provider, workload, device)
@@ -113,23 +122,25 @@ def _admit(
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         try:
-            step = make_step(workload, provider.build(workload, inputs), inputs, truth.grad_out)
-            verdict = judge(workload, truth, step())
+            call = provider.build(workload, inputs)
+            verdict = judge(workload, truth, make_step(call, inputs, truth.grad_out)())
         # Whatever a provider raises is its own result and must not end the run.
         except Exception as error:
             if device == "cuda":
                 # Raises again where the context is lost, and then the process has to be replaced.
                 torch.cuda.synchronize()
+                torch.cuda.empty_cache()
             said = [_first_line(str(w.message)) for w in heard]
             reasons = [f"{type(error).__name__}: {_first_line(str(error))}", *dict.fromkeys(said)]
-            refused = provider.side == "torch" and isinstance(error, RuntimeError)
+            refused = provider.side != "ours" and isinstance(error, RuntimeError)
             return Outcome(provider, "unsupported" if refused else "broken", reasons)
     if not verdict.passed:
         return Outcome(provider, "wrong", verdict.reasons, verdict=verdict)
+    step = make_step(call, inputs, grad_out)
     return Outcome(provider, "timed", step=step, verdict=verdict)
 
 
-def make_step(workload: Workload, call: Call, inputs: Inputs, grad_out: Tensor | None) -> Step:
+def make_step(call: Call, inputs: Inputs, grad_out: Tensor | None) -> Step:
     """What is timed: the call alone, or the call and the gradients of all three inputs."""
     if grad_out is None:
 

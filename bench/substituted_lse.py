@@ -103,7 +103,7 @@ def _probe(
 
 def _merge(first: Part, second: Part) -> tuple[Tensor, Tensor]:
     shape = (*first.out.shape[:3], 1)
-    a, b = first.lse.view(shape), second.lse.view(shape)
+    a, b = first.lse.reshape(shape), second.lse.reshape(shape)
     lse = torch.logaddexp(a, b)
     out = first.out * (a - lse).exp() + second.out * (b - lse).exp()
     return out.to(first.out.dtype), lse

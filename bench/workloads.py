@@ -175,18 +175,23 @@ class Workload:
             (self.k_heads, self.num_keys, self.d_qk),
             (self.v_heads, self.num_keys, self.d_v),
         )
-        return Inputs(*(self._normal(size, device, generator) for size in sizes))
+        tensors = (self._normal(*size, generator) for size in sizes)
+        return Inputs(*(x.requires_grad_(self.needs_gradients) for x in tensors))
 
-    def _normal(
-        self, size: tuple[int, int, int], device: str, generator: torch.Generator
-    ) -> Tensor:
-        heads, tokens, dim = size
+    def make_grad_out(self, generator: torch.Generator) -> Tensor:
+        """A gradient of the output, on the generator's device."""
+        return self._normal(self.q_heads, self.num_queries, self.d_v, generator)
+
+    def _normal(self, heads: int, tokens: int, dim: int, generator: torch.Generator) -> Tensor:
         stored = (heads, tokens, dim) if self.layout == "heads" else (tokens, heads, dim)
         x = torch.randn(
-            self.batch, *stored, device=device, dtype=self.torch_dtype, generator=generator
+            self.batch,
+            *stored,
+            device=generator.device,
+            dtype=self.torch_dtype,
+            generator=generator,
         )
-        x = x if self.layout == "heads" else x.transpose(1, 2)
-        return x.requires_grad_(self.needs_gradients)
+        return x if self.layout == "heads" else x.transpose(1, 2)
 
     def as_record(self) -> dict:
         """The workload as plain data, with the costs that its numbers are computed from."""

@@ -13,7 +13,7 @@ from tests.bench.toys import ALL, BOTH, FULL, GQA, Stand
 def verdict_of(workload, provider):
     inputs = workload.make_inputs("cpu")
     truth = prepare(workload, inputs)
-    step = make_step(workload, provider.build(workload, inputs), inputs, truth.grad_out)
+    step = make_step(provider.build(workload, inputs), inputs, truth.grad_out)
     return judge(workload, truth, step())
 
 
@@ -100,3 +100,24 @@ def test_error_of_what_must_be_zero():
 def test_reasons_are_all_listed():
     reasons = reasons_against(PROVIDERS["sdpa-cudnn-gqa-pad"], ALL[3], "cpu")
     assert len(reasons) == 3
+
+
+def test_checked_with_a_sparse_gradient_and_timed_with_a_dense_one():
+    """Hardware is faster on zeros."""
+    densities = []
+
+    class Watched(Stand):
+        def build(self, workload, inputs):
+            call = super().build(workload, inputs)
+
+            def watched():
+                out = call()
+                out.register_hook(lambda grad: densities.append(float((grad != 0).double().mean())))
+                return out
+
+            return watched
+
+    workload = replace(BOTH, num_queries=600)
+    run_workload(workload, [Watched("w")], "cpu", CpuClock(), lambda record: None, seconds=0.0)
+    assert densities[0] < 0.5
+    assert len(densities) > 5 and min(densities[1:]) > 0.99

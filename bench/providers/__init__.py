@@ -1,0 +1,26 @@
+"""Who is timed: every way to run a workload, each with the reasons why it may not.
+
+A provider is built from a workload and its inputs and gives a call without arguments. What a user
+would prepare once (an index, a mask, a compiled function) is prepared in ``build``; what he pays
+for on every call (copying shared heads, say) happens in the call.
+"""
+
+from __future__ import annotations
+
+from bench.providers.eager import Eager
+from bench.providers.flex import Flex
+from bench.providers.ours import Ours
+from bench.providers.protocol import Call, Provider, Side
+from bench.providers.sdpa import every_sdpa
+from bench.workloads import Workload
+
+__all__ = ["PROVIDERS", "Call", "Provider", "Side", "reasons_against"]
+
+PROVIDERS: dict[str, Provider] = {
+    provider.name: provider for provider in (Ours(), *every_sdpa(), Flex(), Eager())
+}
+
+
+def reasons_against(provider: Provider, workload: Workload, device: str) -> list[str]:
+    """Every known reason not to run ``workload`` with ``provider``."""
+    return [*provider.available(device), *provider.supports(workload)]
