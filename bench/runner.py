@@ -24,8 +24,8 @@ Step = Callable[[], tuple[Tensor, ...]]
 class Outcome:
     """What became of one provider on one workload.
 
-    ``status`` is ``"timed"``, ``"unsupported"`` (it cannot run this, said before or by torch),
-    ``"wrong"`` (it failed the check) or ``"broken"`` (it raised where it should not have).
+    ``status`` is ``"timed"``, ``"refused"`` (it raised, as torch does for what a backend cannot
+    run), ``"wrong"`` (it failed the check) or ``"broken"`` (it raised where it should not have).
     """
 
     provider: Provider
@@ -47,6 +47,8 @@ def run_workload(
 ) -> None:
     """Check and time every provider that can run ``workload``, and write one record for each.
 
+    Providers that declare a reason against the workload are left out; ``reasons_against`` has them.
+
     Args:
         workload: What to run.
         providers: Whom to time.
@@ -56,6 +58,22 @@ def run_workload(
         seconds: Time to spend on each provider.
         trying: Told the name of each provider before it is set to work.
     """
+    for record in _measure(workload, providers, device, clock, seconds, trying):
+        write(record)
+    # Only now nothing refers to the tensors of this workload any more.
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _measure(
+    workload: Workload,
+    providers: list[Provider],
+    device: str,
+    clock: Clock,
+    seconds: float,
+    trying: Callable[[str], None],
+) -> list[dict]:
     inputs = workload.make_inputs(device)
     truth = prepare(workload, inputs)
     # Checked with a gradient that is mostly zeros, timed with one that has none.
@@ -64,20 +82,16 @@ def run_workload(
         grad_out = workload.make_grad_out(torch.Generator(device).manual_seed(2))
     outcomes = []
     for provider in providers:
-        trying(provider.name)
-        outcomes.append(_admit(provider, workload, inputs, truth, grad_out, device))
+        if not reasons_against(provider, workload, device):
+            trying(provider.name)
+            outcomes.append(_admit(provider, workload, inputs, truth, grad_out, device))
     steps = {o.provider.name: o.step for o in outcomes if o.step is not None}
     timings = interleave(steps, clock, seconds, trying)
     records = []
     for outcome in outcomes:
         trying(outcome.provider.name)
         records.append(_record(workload, outcome, timings, truth.limit, device))
-    for record in records:
-        write(record)
-    del inputs, truth, grad_out, outcomes, outcome, steps
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
+    return records
 
 
 def _record(
@@ -116,9 +130,6 @@ def _admit(
     device: str,
 ) -> Outcome:
     """Build and check one provider; only what passes carries a step."""
-    reasons = reasons_against(provider, workload, device)
-    if reasons:
-        return Outcome(provider, "unsupported", reasons)
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         try:
@@ -133,7 +144,7 @@ def _admit(
             said = [_first_line(str(w.message)) for w in heard]
             reasons = [f"{type(error).__name__}: {_first_line(str(error))}", *dict.fromkeys(said)]
             refused = provider.side != "ours" and isinstance(error, RuntimeError)
-            return Outcome(provider, "unsupported" if refused else "broken", reasons)
+            return Outcome(provider, "refused" if refused else "broken", reasons)
     if not verdict.passed:
         return Outcome(provider, "wrong", verdict.reasons, verdict=verdict)
     step = make_step(call, inputs, grad_out)

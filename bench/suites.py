@@ -31,7 +31,6 @@ def _sized(
     parts = [workload.suite, heads, dims, SHORT_DTYPES[workload.dtype]]
     parts += ["causal" if causal else "full", "fwd" if mode == "forward" else "fwdbwd"]
     parts += ["heads-major"] if workload.layout == "heads" else []
-    parts += [workload.device]
     return [
         replace(
             workload,

@@ -38,14 +38,14 @@ def result(workload: Workload, provider: str, side: str, seconds: float, spread:
 
 def example(ours: float = 1.0, spread: float = 0.01):
     longer = GQA.__class__(**{**vars(GQA), "name": "toy-gqa-66", "num_keys": 66})
-    unsupported = result(GQA, "impossible", "torch", 0.0001) | {"status": "unsupported"}
+    refused = result(GQA, "impossible", "torch", 0.0001) | {"status": "refused"}
     return [
         {"kind": "environment", **describe("cpu"), "ceilings": {}},
         result(GQA, "efficient_attn", "ours", ours, spread),
         result(GQA, "sdpa-flash", "torch", 2.0, spread),
         result(GQA, "sdpa-math", "torch", 9.0, spread),
         result(GQA, "eager", "yardstick", 0.001, spread),
-        unsupported,
+        refused,
         result(longer, "efficient_attn", "ours", 4.0, spread),
         result(longer, "sdpa-math", "torch", 3.0, spread),
         result(UNEVEN, "efficient_attn", "ours", 4.0, spread),
