@@ -11,14 +11,24 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from bench.report import environment_of, ratios
 from bench.workloads import length_label
 
 OURS, THEIRS = "#0b6e4f", "#9a9a9a"
 COLUMNS = 3
-PALETTE = ("#c1666b", "#4281a4", "#d4b483", "#7d5ba6", "#e08e45", "#5c6b73")
+# A color for what computes, a line for what is done about shared heads.
+COLORS = {
+    "efficient_attn": OURS,
+    "flash": "#c1666b",
+    "cudnn": "#4281a4",
+    "efficient": "#e08e45",
+    "math": "#7d5ba6",
+    "flex": "#b3a125",
+    "eager": THEIRS,
+}
+LINES = {"gather": "--", "groups": ":"}
 
 
 def draw(records: list[dict], folder: Path) -> list[Path]:
@@ -96,9 +106,6 @@ def _time_figure(records: list[dict]) -> plt.Figure | None:
     }
     if not families:
         return None
-    names = sorted({provider for curves in families.values() for provider in curves})
-    others = [name for name in names if name != "efficient_attn"]
-    colors = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(others)}
     rows = math.ceil(len(families) / COLUMNS)
     figure, grid = plt.subplots(
         rows, COLUMNS, figsize=(4.2 * COLUMNS, 3.1 * rows), squeeze=False, layout="constrained"
@@ -107,13 +114,15 @@ def _time_figure(records: list[dict]) -> plt.Figure | None:
         axes.set_visible(False)
     for axes, (family, curves) in zip(grid.flat, families.items(), strict=False):
         for provider, points in sorted(curves.items()):
+            words = provider.removeprefix("sdpa-").split("-")
             ours = provider == "efficient_attn"
             axes.plot(
                 *zip(*sorted(points), strict=True),
-                marker="o",
+                marker="x" if "pad" in words else "o",
                 markersize=3,
                 linewidth=2.2 if ours else 1.2,
-                color=OURS if ours else colors[provider],
+                linestyle=next((LINES[word] for word in words if word in LINES), "-"),
+                color=COLORS.get(words[0], "#333333"),
                 zorder=3 if ours else 2,
                 label=provider,
             )
@@ -136,7 +145,7 @@ def _bars(count: int) -> tuple[plt.Figure, Axes]:
 
 def _finish(axes: Axes, names: list[str], label: str) -> None:
     axes.set_yticks(range(len(names)), names, fontsize=7)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlabel(label, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -147,6 +156,9 @@ def _log_axes(axes: Axes, lengths: list[int]) -> None:
     axes.set_xticks(lengths)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: length_label(round(x))))
     axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(labelsize=7)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

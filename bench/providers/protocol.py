@@ -14,7 +14,7 @@ Call = Callable[[], Tensor]
 Side = Literal["ours", "torch", "yardstick"]
 
 GIB = 2**30
-MAX_SCORE_BYTES = {"cpu": GIB, "cuda": 4 * GIB}
+MAX_SCORE_BYTES = {"cpu": GIB // 4, "cuda": 4 * GIB}
 
 
 class Provider(Protocol):
