@@ -55,13 +55,15 @@ namespace ea::cpu::avx512 {
 }  // namespace ea::cpu::avx512
 EA_END_TARGET
 
-#define EA_DISPATCH(...)                                                            \
-  (::ea::cpu::best_isa() == ::ea::cpu::Isa::avx512 ? ::ea::cpu::avx512::__VA_ARGS__ \
-   : ::ea::cpu::best_isa() == ::ea::cpu::Isa::avx2 ? ::ea::cpu::avx2::__VA_ARGS__   \
-                                                   : ::ea::cpu::baseline::__VA_ARGS__)
+#define EA_SELECT(isa, ...)                                    \
+  ((isa) == ::ea::cpu::Isa::avx512 ? ::ea::cpu::avx512::__VA_ARGS__ \
+   : (isa) == ::ea::cpu::Isa::avx2 ? ::ea::cpu::avx2::__VA_ARGS__   \
+                                   : ::ea::cpu::baseline::__VA_ARGS__)
 
 #else
 
-#define EA_DISPATCH(...) (::ea::cpu::baseline::__VA_ARGS__)
+#define EA_SELECT(isa, ...) (::ea::cpu::baseline::__VA_ARGS__)
 
 #endif
+
+#define EA_DISPATCH(...) EA_SELECT(::ea::cpu::best_isa(), __VA_ARGS__)

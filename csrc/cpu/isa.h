@@ -14,7 +14,7 @@ struct Half {
   uint16_t bits;
 };
 
-enum class Isa { baseline, avx2, avx512 };
+enum class Isa { baseline, avx2, avx512 };  // each holds the ones before it
 
 // The widest one that this processor has.
 inline Isa best_isa() {

@@ -8,7 +8,10 @@
 
 #include "common/head_map.h"
 #include "common/online_softmax.h"
-#include "cpu/isa.h"
+#include "cpu/merge_states.h"
+
+#define EA_BODY "host/probes.inl"
+#include "cpu/for_each_isa.h"
 
 // No tensors here: facts about the build, and doors through which Python tests what is in common/.
 
@@ -54,6 +57,67 @@ std::pair<std::vector<double>, double> merge_weights(const std::vector<double>& 
   return {weights, lse};
 }
 
+using ea::cpu::Isa;
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
+    if (isa <= ea::cpu::best_isa()) names.emplace_back(ea::cpu::name(isa));
+  }
+  return names;
+}
+
+Isa isa_of(const std::string& name) {
+  for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
+    if (name == ea::cpu::name(isa) && isa <= ea::cpu::best_isa()) return isa;
+  }
+  throw std::invalid_argument("this processor does not run " + name + ".");
+}
+
+std::pair<std::vector<float>, float> merge_row(
+    const std::string& isa, const std::vector<std::vector<float>>& parts,
+    std::vector<float> lses) {
+  if (parts.empty() || parts.size() != lses.size()) {
+    throw std::invalid_argument("pass at least one part, and one lse for each.");
+  }
+  std::vector<const float*> part_at, lse_at;
+  for (size_t s = 0; s < parts.size(); ++s) {
+    if (parts[s].size() != parts[0].size()) throw std::invalid_argument("parts differ in length.");
+    part_at.push_back(parts[s].data());
+    lse_at.push_back(&lses[s]);
+  }
+  std::vector<float> out(parts[0].size()), weights(parts.size());
+  const std::vector<int64_t> steps(parts.size(), 0);
+  float lse = 0;
+  ea::cpu::MergeRun<float, float> run{};
+  run.rows = 1;
+  run.count = int64_t(parts.size());
+  run.dim = int64_t(out.size());
+  run.parts = part_at.data();
+  run.lses = lse_at.data();
+  run.part_steps = run.lse_steps = steps.data();
+  run.out = out.data();
+  run.lse = &lse;
+  run.weights = weights.data();
+  EA_SELECT(isa_of(isa), merge_rows<float, float>)(run);
+  return {out, lse};
+}
+
+std::vector<float> round_trip(
+    const std::string& isa, const std::string& dtype, std::vector<float> values) {
+  const size_t count = values.size();
+  values.resize((count + 15) / 16 * 16);  // A whole number of the widest vectors.
+  if (dtype == "bfloat16") {
+    EA_SELECT(isa_of(isa), round_trip<ea::cpu::BFloat16>)(values.data(), values.size());
+  } else if (dtype == "float16") {
+    EA_SELECT(isa_of(isa), round_trip<ea::cpu::Half>)(values.data(), values.size());
+  } else {
+    throw std::invalid_argument("dtype is " + dtype + "; pass bfloat16 or float16.");
+  }
+  values.resize(count);
+  return values;
+}
+
 State merge_softmax(const State& a, const State& b) {
   const auto merged = ea::merge(state_of(a), state_of(b));
   return {merged.max, merged.sum};
@@ -68,6 +132,11 @@ PYBIND11_MODULE(_host, m) {
         "The inverse of a head index as (starts, members).");
   m.def("merge_weights", &merge_weights, py::arg("lses"),
         "The weights of partial results in their merger, and its log-sum-exp.");
+  m.def("instruction_sets", &instruction_sets, "Those that this processor runs, widest last.");
+  m.def("merge_row", &merge_row, py::arg("isa"), py::arg("parts"), py::arg("lses"),
+        "One row of merge_states as (out, lse), on one instruction set.");
+  m.def("round_trip", &round_trip, py::arg("isa"), py::arg("dtype"), py::arg("values"),
+        "fp32 to a 16-bit type and back, on one instruction set.");
   m.def("merge_softmax", &merge_softmax, py::arg("a"), py::arg("b"),
         "The softmax state (max, sum) of the scores of both.");
   m.def("log_sum_exp", [](const State& s) { return ea::log_sum_exp(state_of(s)); },

@@ -54,6 +54,42 @@ def test_merging_states_is_seeing_both(host, left, right):
     assert host.log_sum_exp(merged) == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
+def test_every_instruction_set_merges_the_same_row(host):
+    # Lengths around the lanes of each and their blocks of eight.
+    for length in (1, 3, 4, 5, 8, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 300):
+        parts, lses = torch.randn(3, length), torch.randn(3)
+        weights = lses.double().softmax(0)
+        expected = (weights[:, None] * parts.double()).sum(0)
+        for isa in host.instruction_sets():
+            out, lse = host.merge_row(isa, parts.tolist(), lses.tolist())
+            actual = torch.tensor(out, dtype=torch.float64)
+            torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6, msg=isa)
+            assert lse == pytest.approx(lses.logsumexp(0).item(), rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_instruction_set_rounds_as_torch_does(host, dtype):
+    narrow = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).float()
+    # Every 16-bit number, what lies halfway to its neighbour, and just beside that.
+    halfway = ((narrow.double() + narrow.double().roll(1)) / 2).float()
+    beside = [halfway.nextafter(torch.tensor(x)) for x in (-torch.inf, torch.inf)]
+    edges = torch.tensor([65504.0, 65519.99, 65520.0, 1e-40, 3.4e38, 2.0**-25, 2.0**-24 * 1.5])
+    values = torch.cat([narrow, halfway, *beside, edges, -edges])
+    expected = values.to(dtype).float()
+    for isa in host.instruction_sets():
+        actual = torch.tensor(
+            host.round_trip(isa, str(dtype).removeprefix("torch."), values.tolist())
+        )
+        assert torch.equal(actual.isnan(), expected.isnan())
+        assert torch.equal(actual.nan_to_num(nan=0), expected.nan_to_num(nan=0)), isa
+        assert torch.equal(actual.signbit() | actual.isnan(), expected.signbit() | expected.isnan())
+
+
+def test_an_instruction_set_that_is_not_there_is_refused(host):
+    with pytest.raises(ValueError, match="does not run AVX-9"):
+        host.merge_row("AVX-9", [[1.0]], [0.0])
+
+
 def test_build_facts_name_what_was_built(host):
     facts = host.build_facts()
     assert facts["instruction_set"] in ("baseline", "AVX2", "AVX-512")
