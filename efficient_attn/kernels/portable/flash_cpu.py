@@ -9,38 +9,16 @@ group look even, and gradients of a group are summed in fp32.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from efficient_attn.kernels.portable.cutting import Piece, Problem, pieces, problems
 from efficient_attn.masking import visible
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-Selection = slice | list[int]
-
-
-class _Problem(NamedTuple):
-    """Query heads of some samples that share what they read: the first ``length`` keys."""
-
-    samples: slice
-    q_heads: Selection
-    k_heads: Selection
-    v_heads: Selection
-    length: int
-
-
-class _Piece(NamedTuple):
-    """A rectangle of scores that one call computes; pieces of equal rows are merged."""
-
-    rows: slice
-    columns: slice
-    causal: bool
-    masked: bool
 
 
 def refusals(softcap: float, grad_lse: Tensor | None, needs_bias_grad: bool) -> list[str]:
@@ -61,17 +39,18 @@ def forward(
     """The ``attention`` op without softcap."""
     batch, num_heads, nq, _ = query.shape
     shape = (batch, num_heads, nq, value.shape[-1])
+    read = (query, key, value, q_to_k, q_to_v, key_lengths)
     out = lse = None
-    for problem in _problems(query, key, value, q_to_k, q_to_v, key_lengths):
+    for problem in problems(*read, _groups_natively()):
         q, k, v, mask = _select(problem, query, key, value, bias)
-        for pieces in _pieces(nq, problem.length, left, right):
-            results = [_call(piece, q, k, v, mask, left, right, scale) for piece in pieces]
+        for together in pieces(nq, problem.length, left, right):
+            results = [_call(piece, q, k, v, mask, left, right, scale) for piece in together]
             block_out, block_lse = functools.reduce(_merge, results)
             if block_out.shape == shape:
                 return _tokens_major(block_out.to(query.dtype)), block_lse.contiguous()
             if out is None:
                 out, lse = blind(query, value)
-            rows = pieces[0].rows
+            rows = together[0].rows
             out[problem.samples, problem.q_heads, rows] = block_out.to(out.dtype)
             lse[problem.samples, problem.q_heads, rows] = block_lse
     return blind(query, value) if out is None else (out, lse)
@@ -88,15 +67,16 @@ def backward(
     lse = lse.masked_fill(lse == -torch.inf, 0.0)
     if not _multiplies_natively(query.dtype):
         query, key, value, out, grad_out = (x.float() for x in (query, key, value, out, grad_out))
+    read = (query, key, value, q_to_k, q_to_v, key_lengths)
     totals: list[Tensor] | None = None
-    for problem in _problems(query, key, value, q_to_k, q_to_v, key_lengths):
+    for problem in problems(*read, _groups_natively()):
         q, k, v, mask = _select(problem, query, key, value, bias)
         samples = problem.samples
-        for pieces in _pieces(query.shape[2], problem.length, left, right):
-            rows = pieces[0].rows
+        for together in pieces(query.shape[2], problem.length, left, right):
+            rows = together[0].rows
             result = (x[samples, problem.q_heads, rows] for x in (grad_out, out, lse))
             block_grad, block_out, block_lse = result
-            for piece in pieces:
+            for piece in together:
                 columns = piece.columns
                 grads = _call_backward(
                     piece, block_grad, q, k, v, mask, block_out, block_lse, left, right, scale
@@ -117,7 +97,7 @@ def backward(
     return _finished(totals, dtypes)
 
 
-def _call(piece, q, k, v, mask, left, right, scale) -> tuple[Tensor, Tensor]:
+def _call(piece: Piece, q, k, v, mask, left, right, scale) -> tuple[Tensor, Tensor]:
     q, k, v, mask = _cut(piece, q, k, v, mask, left, right)
     width = v.shape[-1]
     q, k, v = _equal_widths(q, k, v)
@@ -128,7 +108,7 @@ def _call(piece, q, k, v, mask, left, right, scale) -> tuple[Tensor, Tensor]:
     return out[..., :width], lse
 
 
-def _call_backward(piece, grad_out, q, k, v, mask, out, lse, left, right, scale):
+def _call_backward(piece: Piece, grad_out, q, k, v, mask, out, lse, left, right, scale):
     q, k, v, mask = _cut(piece, q, k, v, mask, left, right)
     widths = (q.shape[-1], k.shape[-1], v.shape[-1])
     grad_out, q, k, v, out = _equal_widths(grad_out, q, k, v, out)
@@ -138,88 +118,7 @@ def _call_backward(piece, grad_out, q, k, v, mask, out, lse, left, right, scale)
     return [grad[..., :width] for grad, width in zip(grads, widths, strict=True)]
 
 
-def _problems(query, key, value, q_to_k, q_to_v, key_lengths) -> Iterator[_Problem]:
-    """Cut the call where samples or groups of heads differ."""
-    batch, num_k_heads, nk, _ = key.shape
-    num_heads, num_v_heads = query.shape[1], value.shape[1]
-    per_sample = any(x is not None and x.dim() == 2 for x in (q_to_k, q_to_v))
-    if key_lengths is None and not per_sample:
-        samples = [(slice(None), nk)]
-    else:
-        lengths = [nk] * batch if key_lengths is None else key_lengths.tolist()
-        samples = [(slice(b, b + 1), length) for b, length in enumerate(lengths)]
-
-    for which, length in samples:
-        if length == 0:
-            continue
-        if q_to_k is None and q_to_v is None and num_k_heads == num_v_heads and _groups_natively():
-            yield _Problem(which, slice(None), slice(None), slice(None), length)
-            continue
-        k_index = _row(q_to_k, which, num_heads, num_k_heads)
-        v_index = _row(q_to_v, which, num_heads, num_v_heads)
-        for k_head, v_head, members in _groups(k_index, v_index):
-            k_heads, v_heads = slice(k_head, k_head + 1), slice(v_head, v_head + 1)
-            if _groups_natively():
-                yield _Problem(which, _as_slice(members), k_heads, v_heads, length)
-            else:
-                for head in members:
-                    yield _Problem(which, slice(head, head + 1), k_heads, v_heads, length)
-
-
-def _groups(k_index: list[int], v_index: list[int]) -> Iterator[tuple[int, int, list[int]]]:
-    """The query heads of each pair of a key and a value head."""
-    members: dict[tuple[int, int], list[int]] = {}
-    for head, pair in enumerate(zip(k_index, v_index, strict=True)):
-        members.setdefault(pair, []).append(head)
-    for (k_head, v_head), heads in members.items():
-        yield k_head, v_head, heads
-
-
-def _row(index: Tensor | None, samples: slice, num_q_heads: int, num_heads: int) -> list[int]:
-    if index is None:
-        return [head * num_heads // num_q_heads for head in range(num_q_heads)]
-    return (index[samples.start] if index.dim() == 2 else index).tolist()
-
-
-def _as_slice(heads: list[int]) -> Selection:
-    """Heads at even distances as a slice, which selects a view."""
-    step = heads[1] - heads[0] if len(heads) > 1 else 1
-    evenly = range(heads[0], heads[0] + step * len(heads), step)
-    return slice(heads[0], evenly.stop, step) if list(evenly) == heads else heads
-
-
-def _pieces(nq: int, nk: int, left: int | None, right: int | None) -> Iterator[list[_Piece]]:
-    """Cut the visible scores into rectangles, as lists of pieces that share their rows."""
-    corner = nk - nq
-    # The last query reaches back over nk - 1 keys, the first one forward over nq - 1.
-    left = None if left is not None and left >= nk - 1 else left
-    right = None if right is not None and right >= nq - 1 else right
-    if left is None and right is None:
-        yield [_Piece(slice(0, nq), slice(0, nk), causal=False, masked=False)]
-    elif left is None and right == 0:
-        # Queries before the diagonal see nothing; keys before it are seen by all.
-        rows = slice(max(0, -corner), nq)
-        square = _Piece(rows, slice(max(0, corner), nk), causal=True, masked=False)
-        before = _Piece(rows, slice(0, corner), causal=False, masked=False)
-        yield [before, square] if corner > 0 else [square]
-    else:
-        size = _window_block(nk, left, right)
-        first = 0 if right is None else max(0, -corner - right)
-        for start in range(first, nq, size):
-            stop = min(start + size, nq)
-            low = 0 if left is None else max(0, start + corner - left)
-            high = nk if right is None else min(nk, stop + corner + right)
-            if low < high:
-                yield [_Piece(slice(start, stop), slice(low, high), causal=False, masked=True)]
-
-
-def _window_block(nk: int, left: int | None, right: int | None) -> int:
-    """Rows per block: a quarter of the window keeps wasted scores below that share."""
-    width = nk if left is None or right is None else left + right + 1
-    return min(512, max(64, width // 4))
-
-
-def _select(problem: _Problem, query, key, value, bias):
+def _select(problem: Problem, query, key, value, bias):
     samples, q_heads, k_heads, v_heads, length = problem
     if bias is not None:
         bias = bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
@@ -236,7 +135,7 @@ def _select(problem: _Problem, query, key, value, bias):
     )
 
 
-def _cut(piece: _Piece, q, k, v, mask, left, right):
+def _cut(piece: Piece, q, k, v, mask, left, right):
     """The piece's part of one problem's tensors, with the window written into the mask."""
     rows, columns = piece.rows, piece.columns
     if mask is not None:

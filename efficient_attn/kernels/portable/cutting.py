@@ -1,0 +1,128 @@
+"""Cutting an attention call into rectangles of scores that torch's CPU flash op can compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor
+
+Selection = slice | list[int]
+
+
+class Problem(NamedTuple):
+    """Query heads of some samples that share what they read: the first ``length`` keys."""
+
+    samples: slice
+    q_heads: Selection
+    k_heads: Selection
+    v_heads: Selection
+    length: int
+
+
+class Piece(NamedTuple):
+    """A rectangle of scores that one call computes; pieces of equal rows are merged."""
+
+    rows: slice
+    columns: slice
+    causal: bool
+    masked: bool
+
+
+def problems(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    q_to_k: Tensor | None,
+    q_to_v: Tensor | None,
+    key_lengths: Tensor | None,
+    groups_natively: bool,
+) -> Iterator[Problem]:
+    """Cut the call where samples or groups of heads differ.
+
+    Args:
+        query: ``(B, Hq, Nq, D)``.
+        key: ``(B, Hk, Nk, D)``.
+        value: ``(B, Hv, Nk, Dv)``.
+        q_to_k: As in the ``attention`` op.
+        q_to_v: As in the ``attention`` op.
+        key_lengths: As in the ``attention`` op.
+        groups_natively: Whether the flash op itself serves several query heads from one key head.
+    """
+    batch, num_k_heads, nk, _ = key.shape
+    num_heads, num_v_heads = query.shape[1], value.shape[1]
+    per_sample = any(x is not None and x.dim() == 2 for x in (q_to_k, q_to_v))
+    if key_lengths is None and not per_sample:
+        samples = [(slice(None), nk)]
+    else:
+        lengths = [nk] * batch if key_lengths is None else key_lengths.tolist()
+        samples = [(slice(b, b + 1), length) for b, length in enumerate(lengths)]
+
+    for which, length in samples:
+        if length == 0:
+            continue
+        if q_to_k is None and q_to_v is None and num_k_heads == num_v_heads and groups_natively:
+            yield Problem(which, slice(None), slice(None), slice(None), length)
+            continue
+        k_index = _row(q_to_k, which, num_heads, num_k_heads)
+        v_index = _row(q_to_v, which, num_heads, num_v_heads)
+        for k_head, v_head, members in _groups(k_index, v_index):
+            k_heads, v_heads = slice(k_head, k_head + 1), slice(v_head, v_head + 1)
+            if groups_natively:
+                yield Problem(which, _as_slice(members), k_heads, v_heads, length)
+            else:
+                for head in members:
+                    yield Problem(which, slice(head, head + 1), k_heads, v_heads, length)
+
+
+def _groups(k_index: list[int], v_index: list[int]) -> Iterator[tuple[int, int, list[int]]]:
+    """The query heads of each pair of a key and a value head."""
+    members: dict[tuple[int, int], list[int]] = {}
+    for head, pair in enumerate(zip(k_index, v_index, strict=True)):
+        members.setdefault(pair, []).append(head)
+    for (k_head, v_head), heads in members.items():
+        yield k_head, v_head, heads
+
+
+def _row(index: Tensor | None, samples: slice, num_q_heads: int, num_heads: int) -> list[int]:
+    if index is None:
+        return [head * num_heads // num_q_heads for head in range(num_q_heads)]
+    return (index[samples.start] if index.dim() == 2 else index).tolist()
+
+
+def _as_slice(heads: list[int]) -> Selection:
+    """Heads at even distances as a slice, which selects a view."""
+    step = heads[1] - heads[0] if len(heads) > 1 else 1
+    evenly = range(heads[0], heads[0] + step * len(heads), step)
+    return slice(heads[0], evenly.stop, step) if list(evenly) == heads else heads
+
+
+def pieces(nq: int, nk: int, left: int | None, right: int | None) -> Iterator[list[Piece]]:
+    """Cut the visible scores into rectangles, as lists of pieces that share their rows."""
+    corner = nk - nq
+    # The last query reaches back over nk - 1 keys, the first one forward over nq - 1.
+    left = None if left is not None and left >= nk - 1 else left
+    right = None if right is not None and right >= nq - 1 else right
+    if left is None and right is None:
+        yield [Piece(slice(0, nq), slice(0, nk), causal=False, masked=False)]
+    elif left is None and right == 0:
+        # Queries before the diagonal see nothing; keys before it are seen by all.
+        rows = slice(max(0, -corner), nq)
+        square = Piece(rows, slice(max(0, corner), nk), causal=True, masked=False)
+        before = Piece(rows, slice(0, corner), causal=False, masked=False)
+        yield [before, square] if corner > 0 else [square]
+    else:
+        size = _window_block(nk, left, right)
+        first = 0 if right is None else max(0, -corner - right)
+        for start in range(first, nq, size):
+            stop = min(start + size, nq)
+            low = 0 if left is None else max(0, start + corner - left)
+            high = nk if right is None else min(nk, stop + corner + right)
+            if low < high:
+                yield [Piece(slice(start, stop), slice(low, high), causal=False, masked=True)]
+
+
+def _window_block(nk: int, left: int | None, right: int | None) -> int:
+    """Rows per block: a quarter of the window keeps wasted scores below that share."""
+    width = nk if left is None or right is None else left + right + 1
+    return min(512, max(64, width // 4))
