@@ -8,12 +8,12 @@ configuration of their own and keep the masks that the model makes for the other
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from efficient_attn.integrations import model_facts
 from efficient_attn.integrations.transformers import NAME, NAME_FOR_SOME_LAYERS
 
 Undo = Callable[[], None]
@@ -21,10 +21,8 @@ Undo = Callable[[], None]
 
 def uses_the_interface(module: nn.Module) -> bool:
     """Whether ``module`` looks its attention function up in the registry of transformers."""
-    forward = inspect.unwrap(type(module).forward)
-    code = getattr(forward, "__code__", None)
     has_config = isinstance(getattr(module, "config", None), PreTrainedConfig)
-    return has_config and code is not None and "get_interface" in code.co_names
+    return has_config and model_facts.uses_the_interface(type(module))
 
 
 def implementation(module: nn.Module) -> str:

@@ -15,8 +15,8 @@ mask handed over             meaning
 ``None``, causal layer       causal along the diagonal that ends in the lower right corner, inside
                              the layer's sliding window if it has one
 ``None``, any other layer    every query sees every key
-``(B or 1, H or 1, Nq or     complete: the layer's own order and window are already in it. Floating
-1, Nk)``                     masks are added to the scores, boolean ones are true where a key is
+four dimensions              complete: the layer's own order and window are already in it. Floating
+                             masks are added to the scores, boolean ones are true where a key is
                              seen
 ===========================  =====================================================================
 """
@@ -40,20 +40,11 @@ from transformers.utils.import_utils import is_tracing
 
 from efficient_attn.errors import UnsupportedError
 from efficient_attn.functional import attention, attention_varlen
+from efficient_attn.integrations.model_facts import ModelFacts, facts
 
 # transformers treats a name that holds "flash", "sdpa", "flex", a slash or a bar in a special way.
 NAME = "efficient_attn"
 NAME_FOR_SOME_LAYERS = "efficient_attn_some_layers"
-
-# These hand their sliding window to the attention function. Others build it into the mask only, so
-# for them the mask has to be written out.
-HANDS_OVER_WINDOW = frozenset(
-    (
-        *("cohere2", "cwm", "exaone4", "gemma2", "gemma3_text", "gpt_oss", "granite_swa"),
-        *("ministral", "ministral3", "mistral", "mixtral", "olmo3", "phi3"),
-        *("qwen2", "qwen3", "qwen3_moe", "smollm3", "starcoder2"),
-    )
-)
 
 # Arguments that reach every attention layer and say nothing about the scores. What is neither here
 # nor in a signature below may change the result, and is refused.
@@ -136,13 +127,11 @@ def attention_forward(
     causal = attention_mask is None and (
         getattr(module, "is_causal", True) if is_causal is None else is_causal
     )
+    slides = attention_mask is None and sliding_window is not None
     packed = attention_mask is None and cu_seq_lens_q is not None
     reasons = _reasons_to_refuse(attention_mask, dropout, kwargs)
-    window = None
-    if attention_mask is None and sliding_window is not None:
-        window = (sliding_window - 1, 0)
-        if not causal and key.shape[2] > sliding_window:
-            reasons.append("sliding_window came without a mask to a layer that is not causal")
+    if slides and not causal and key.shape[2] > sliding_window:
+        reasons.append("sliding_window came without a mask to a layer that is not causal")
     if packed and (query.shape[0] != 1 or position_bias is not None):
         reasons.append("packed sequences (cu_seq_lens_q) need batch size 1 and no position_bias")
     if reasons:
@@ -153,7 +142,7 @@ def attention_forward(
         )
     options = {
         "causal": bool(causal),
-        "window": window if causal else None,
+        "window": (sliding_window - 1, 0) if slides and causal else None,
         "scale": scaling,
         "softcap": softcap or 0.0,
         "return_lse": True,
@@ -242,8 +231,8 @@ def attention_mask(
         **kwargs: Passed on to transformers' own mask function.
 
     Returns:
-        An additive mask of 0 and -inf, ``(B or 1, 1, Nq or 1, Nk)``. A padding token that comes
-        before every real one sees nothing, and its output is 0.
+        An additive mask of 0 and -inf, ``(B, 1, Nq, Nk)``; samples or queries that share theirs
+        share its memory. A padding token before every real one sees nothing, and its output is 0.
     """
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None:
@@ -251,18 +240,19 @@ def attention_mask(
     in_the_corner = (
         not isinstance(q_offset, Tensor) and q_offset + q_length == kv_offset + kv_length
     )
+    layers = _facts(type(config))
+    local_size_is_no_limit = local_size is None or kv_length < local_size
+    # It may also be the size of chunks.
+    local_size_is_a_window = local_size == getattr(config, "sliding_window", None)
     if (
         allow_is_causal_skip
         and in_the_corner
-        and (local_size is None or kv_length < local_size or _hands_over_window(config))
+        and layers.know_their_order
+        and (local_size_is_no_limit or (local_size_is_a_window and layers.know_their_window))
         and _no_real_query_sees(padding, q_length)
     ):
         return None
-    if (
-        allow_is_bidirectional_skip
-        and (local_size is None or kv_length < local_size)
-        and _is_all_true(padding)
-    ):
+    if allow_is_bidirectional_skip and local_size_is_no_limit and _is_all_true(padding):
         return None
     allowed = sdpa_mask(
         batch_size=batch_size,
@@ -277,7 +267,8 @@ def attention_mask(
         allow_is_bidirectional_skip=False,
         **kwargs,
     )
-    return as_bias(allowed, dtype)
+    # Views of full size, for some models join masks to others.
+    return as_bias(allowed, dtype).expand(batch_size, -1, q_length, -1)
 
 
 def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -293,8 +284,10 @@ def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
 
 
-def _hands_over_window(config: transformers.PreTrainedConfig | None) -> bool:
-    return getattr(config, "model_type", None) in HANDS_OVER_WINDOW
+# What code says is a constant to a graph that is being traced.
+@torch.compiler.assume_constant_result
+def _facts(config_class: type) -> ModelFacts:
+    return facts(config_class)
 
 
 def _no_real_query_sees(padding: Tensor | None, q_length: int) -> bool:

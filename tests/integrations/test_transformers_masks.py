@@ -4,25 +4,23 @@ Masks are made by transformers for its own caches, and one attention layer is ru
 that arrives in chunks, in fp64.
 """
 
-import inspect
-
 import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, DynamicCache, MistralConfig, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
-    causal_mask_function,
     create_bidirectional_mask,
     create_causal_mask,
     create_sliding_window_causal_mask,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from efficient_attn.errors import UnsupportedError
+from efficient_attn.integrations.model_facts import facts
 from efficient_attn.integrations.transformers import (
-    HANDS_OVER_WINDOW,
     NAME,
+    as_bias,
     attention_forward,
     attention_forward_under_sdpa_masks,
     attention_mask,
@@ -117,26 +115,30 @@ def test_no_mask_is_made_where_order_and_window_say_it_all(cache, window):
     assert masks_of((12,), cache, window, "right") == [None]
 
 
-def test_masks_are_no_larger_than_they_must_be():
+def test_masks_take_no_more_memory_than_they_must():
+    def numbers_stored(mask):
+        assert mask.untyped_storage().nbytes() == mask.element_size() * as_bias(mask, None).numel()
+        return as_bias(mask, None).numel()
+
     left, decode = masks_of((11, 1), "dynamic", padding="left")
-    assert left.shape == (BATCH, 1, 11, 11)
-    assert decode.shape == (BATCH, 1, 1, 12)
+    assert left.shape == (BATCH, 1, 11, 11) and numbers_stored(left) == BATCH * 11 * 11
+    assert decode.shape == (BATCH, 1, 1, 12) and numbers_stored(decode) == BATCH * 12
     # An unpadded batch that fills a static cache: the samples share one mask.
     fill, decode = masks_of((11, 1), "static")
-    assert fill.shape == (1, 1, 11, 16)
-    assert decode.shape == (1, 1, 1, 16)
+    assert fill.shape == (BATCH, 1, 11, 16) and numbers_stored(fill) == 11 * 16
+    assert decode.shape == (BATCH, 1, 1, 16) and numbers_stored(decode) == 16
     # Only padding decides: the queries share one row.
     mask = create_bidirectional_mask(
         config=config(NAME),
         inputs_embeds=torch.empty(BATCH, LENGTH, 0),
         attention_mask=torch.tensor(PADDED["right"]),
     )
-    assert mask.shape == (BATCH, 1, 1, LENGTH)
+    assert mask.shape == (BATCH, 1, LENGTH, LENGTH) and numbers_stored(mask) == BATCH * LENGTH
 
 
 def test_other_patterns_are_written_out():
     """Chunked order, packed sequences and patterns that a model adds are more than a window."""
-    chunked = attention_mask(1, 6, 6, mask_function=causal_mask_function, local_size=3)
+    chunked = attention_mask(1, 6, 6, local_size=3, config=config(NAME))
     assert chunked.shape == (1, 1, 6, 6)
     arguments = {
         "config": config(NAME),
@@ -153,14 +155,11 @@ def test_other_patterns_are_written_out():
 
 def test_compiling_reads_no_padding():
     """What a mask holds is unknown while a graph is traced, so nothing may depend on it."""
-    made = []
-
-    def make(padding):
-        made.append(attention_mask(BATCH, LENGTH, LENGTH, attention_mask=padding))
-        return made[-1] + 0
-
     padding = torch.ones(BATCH, LENGTH, dtype=torch.bool)
-    got = torch.compile(make, backend="eager", fullgraph=True)(padding)
+    options = {"attention_mask": padding, "config": config(NAME)}
+    assert attention_mask(BATCH, LENGTH, LENGTH, **options) is None
+    compiled = torch.compile(attention_mask, backend="eager", fullgraph=True)
+    got = compiled(BATCH, LENGTH, LENGTH, **options)
     assert got.shape == (BATCH, 1, LENGTH, LENGTH)
 
 
@@ -171,29 +170,32 @@ def test_a_padding_token_before_all_others_gets_zeros():
     assert (out[0, :3] == 0).all()
 
 
-@pytest.mark.parametrize("model_type", sorted(HANDS_OVER_WINDOW))
-def test_listed_models_hand_their_window_over(model_type):
-    """Every attention layer of a listed model passes ``sliding_window`` on."""
-    model_class = _text_model(model_type)
-    module = inspect.getmodule(model_class)
-    layers = [
-        member
-        for member in vars(module).values()
-        if inspect.isclass(member)
-        and issubclass(member, nn.Module)
-        and "get_interface" in inspect.unwrap(member.forward).__code__.co_names
-    ]
-    assert layers
-    for layer in layers:
-        assert "sliding_window=" in inspect.getsource(layer.forward), layer.__name__
-
-
-def _text_model(model_type):
+@pytest.mark.parametrize(
+    ("model_type", "order", "window"),
+    [
+        ("mistral", True, True),
+        ("gemma2", True, True),
+        ("gpt_oss", True, True),
+        ("llama", True, False),
+        ("qwen2_moe", True, False),  # slides, but says so in the mask only
+        ("bigbird_pegasus", False, False),  # causal, but says so in the mask only
+    ],
+)
+def test_what_the_layers_of_a_model_know(model_type, order, window):
     configuration = AutoConfig.for_model(model_type)
-    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING):
-        if type(configuration) in mapping:
-            return mapping[type(configuration)]
-    raise AssertionError(f"no model of type {model_type}")
+    MODEL_MAPPING[type(configuration)]  # loads the code of the model
+    assert facts(type(configuration)) == (order, window)
+
+
+def test_nothing_is_assumed_about_unknown_models():
+    class MyConfig(MistralConfig):
+        pass
+
+    assert facts(MyConfig) == (False, False)
+    made = MyConfig()
+    made._attn_implementation = NAME
+    mask = create_causal_mask(made, torch.empty(1, 5, 0), None, None)
+    assert mask.shape == (1, 1, 5, 5)
 
 
 def test_a_window_with_neither_order_nor_mask_is_refused():

@@ -34,6 +34,21 @@ def test_decoder(family, padding, model_pair, decoder_batch, switched):
     assert got.isfinite().all()
 
 
+@pytest.mark.parametrize("padding", ["none", "right"])
+@pytest.mark.parametrize("family", ["qwen2_moe", "bigbird_pegasus"])
+@torch.no_grad()
+def test_decoder_that_tells_its_layers_by_the_mask_alone(
+    family, padding, model_pair, padded_batch, switched
+):
+    """That it slides, in one family; in the other, even that it is causal."""
+    theirs, ours = model_pair(family)
+    inputs = padded_batch(padding)
+    real = inputs["attention_mask"].bool()
+    expected = theirs(**inputs).logits
+    got = switched(ours, 2, **inputs).logits
+    torch.testing.assert_close(got[real], expected[real], **TIGHT)
+
+
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 @torch.no_grad()
 def test_bert(padding, model_pair, padded_batch, switched):
