@@ -109,8 +109,8 @@ def run(
     if quick and not provider:
         chosen = [each for each in chosen if each.name not in LEFT_OUT_OF_QUICK]
     with ResultsFile(out) as results:
-        ceilings = measure_ceilings(device, clock, dtypes)
-        results.write({"kind": "environment", **describe(device), "ceilings": ceilings})
+        results.write({"kind": "environment", **describe(device)})
+        results.write(measure_ceilings(device, clock, dtypes))
         for workload in track(workloads, "timing", console=console, transient=True):
             run_workload(workload, chosen, device, clock, results.write, seconds=seconds)
     print_summary(read_records(out), console)

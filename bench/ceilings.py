@@ -15,24 +15,22 @@ GATHER_ROWS = {"cpu": 2**17, "cuda": 2**22}
 ROUNDS, CALLS = 3, 2
 
 
-def measure_ceilings(device: str, clock: Clock, dtypes: list[str], *, gather: bool = False) -> dict:
-    """Best of a few rounds of each.
+def measure_ceilings(device: str, clock: Clock, dtypes: list[str]) -> dict:
+    """Copy bandwidth and matrix products, best of a few rounds, as a record.
 
     Args:
         device: ``"cpu"`` or ``"cuda"``.
         clock: The device's clock.
         dtypes: Which matrix products to time.
-        gather: Also read random rows, by a Triton kernel where there is one.
 
     Returns:
-        ``copy_bytes_per_second`` (read plus write), ``matmul_flops_per_second`` by dtype, and
-        ``gather_bytes_per_second`` (read plus write) if asked for.
+        ``copy_bytes_per_second`` (read plus write) and ``matmul_flops_per_second`` by dtype.
     """
-    record: dict = {"copy_bytes_per_second": _copy(device, clock)}
-    record["matmul_flops_per_second"] = {dtype: _matmul(device, clock, dtype) for dtype in dtypes}
-    if gather:
-        record["gather_bytes_per_second"] = _gather(device, clock)
-    return record
+    return {
+        "kind": "ceilings",
+        "copy_bytes_per_second": _copy(device, clock),
+        "matmul_flops_per_second": {dtype: _matmul(device, clock, dtype) for dtype in dtypes},
+    }
 
 
 def _copy(device: str, clock: Clock) -> float:
@@ -48,7 +46,8 @@ def _matmul(device: str, clock: Clock, dtype: str) -> float:
     return 2 * size**3 / _best(clock, lambda: torch.mm(left, right, out=out))
 
 
-def _gather(device: str, clock: Clock) -> float:
+def measure_gather(device: str, clock: Clock) -> dict:
+    """Bandwidth of copying random rows (read plus write), by a Triton kernel on CUDA."""
     rows = GATHER_ROWS[device]
     source = torch.randn(rows, GATHER_ROW // 2, device=device).to(torch.bfloat16)
     index = torch.randperm(rows, device=device).to(torch.int32)
@@ -63,7 +62,8 @@ def _gather(device: str, clock: Clock) -> float:
     gather_rows(source, index, target)
     if not torch.equal(target, source[index.long()]):
         raise RuntimeError("the gather kernel copied wrong rows; its bandwidth means nothing.")
-    return 2 * rows * GATHER_ROW / _best(clock, lambda: gather_rows(source, index, target))
+    seconds = _best(clock, lambda: gather_rows(source, index, target))
+    return {"kind": "gather", "gather_bytes_per_second": 2 * rows * GATHER_ROW / seconds}
 
 
 def _best(clock: Clock, step) -> float:

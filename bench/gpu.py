@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from bench.ceilings import measure_ceilings
+from bench.ceilings import measure_ceilings, measure_gather
 from bench.environment import ROOT, clocks, describe, without_paths
 from bench.measure import clock_for
 from bench.plot import draw
@@ -105,11 +105,14 @@ def run_everything(
     with ResultsFile(path) as results, Worker(device, seconds=SECONDS_PER_PROVIDER) as worker:
 
         def environment(left: float) -> None:
+            results.write({"kind": "environment", **describe(device)})
+
+        def ceilings(left: float) -> None:
             dtypes = sorted({workload.dtype for workload in workloads})
-            ceilings = measure_ceilings(device, clock_for(device), dtypes, gather=True)
-            if device == "cuda":
-                torch.cuda.empty_cache()
-            results.write({"kind": "environment", **describe(device), "ceilings": ceilings})
+            results.write(measure_ceilings(device, clock_for(device), dtypes))
+
+        def gather(left: float) -> None:
+            results.write(measure_gather(device, clock_for(device)))
 
         def tests(left: float) -> None:
             results.write(run_tests(test_command, folder / "tests.txt", TEST_SHARE * left))
@@ -117,6 +120,9 @@ def run_everything(
         def substituted_lse(left: float) -> None:
             for record in probe(device):
                 results.write(record)
+            # The workloads need the memory, and they run in another process.
+            if device == "cuda":
+                torch.cuda.empty_cache()
 
         def job_of(workload: Workload) -> Job:
             likely = estimate(workload)
@@ -128,7 +134,9 @@ def run_everything(
             return Job(workload.name, likely, run)
 
         jobs = [
-            Job("environment and ceilings", 0.0, environment),
+            Job("environment", 0.0, environment),
+            Job("ceilings", 0.0, ceilings),
+            Job("gather bandwidth", 0.0, gather),
             Job("tests", TEST_SECONDS, tests),
             Job("substituted log-sum-exp", 0.0, substituted_lse),
             *map(job_of, ranked),

@@ -20,7 +20,7 @@ FLUSH_BYTES = 256 * 2**20
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
 MAX_REPEATS = 200
 # A step this many times slower than the fastest sits out after SLOW_ROUNDS.
-SLOW, SLOW_ROUNDS = 3.0, 3
+SLOW, SLOW_ROUNDS = 2.0, 3
 
 
 class Clock(Protocol):

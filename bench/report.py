@@ -1,7 +1,8 @@
 """Results as JSON lines, and the numbers that are read off them.
 
-A file holds one ``environment`` record and then one ``result`` record for each workload and
-provider. Ratios are not stored: they follow from the records by ``ratios``, here and everywhere.
+A file holds one ``environment`` and one ``ceilings`` record, and then one ``result`` record for
+each workload and provider. Ratios are not stored: they follow from the records by ``ratios``, here
+and everywhere.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def _ratio(name: str, ours: dict, baseline: dict) -> Ratio:
 
 def environment_of(records: Iterable[dict]) -> dict[str, Any]:
     """The environment record of a file, or an empty one."""
-    return next((record for record in records if record["kind"] == "environment"), {})
+    return _first(records, "environment")
 
 
 def print_summary(records: list[dict], console: Console) -> None:
@@ -123,9 +124,8 @@ def print_summary(records: list[dict], console: Console) -> None:
 
     What was not measured is named as such, with the reason below the table.
     """
-    environment = environment_of(records)
-    ceilings = environment.get("ceilings", {}).get("matmul_flops_per_second", {})
-    table = Table(title=_title(environment), title_justify="left")
+    ceilings = _first(records, "ceilings").get("matmul_flops_per_second", {})
+    table = Table(title=_title(environment_of(records)), title_justify="left")
     for column in ("workload", "ours ms", "of peak", "best of torch", "ms", "memory", "ratio"):
         names = column in ("workload", "best of torch")
         table.add_column(column, justify="left" if names else "right", overflow="fold")
@@ -162,6 +162,10 @@ def print_summary(records: list[dict], console: Console) -> None:
                 f"{record['workload']['name']}: {reasons}",
                 highlight=False,
             )
+
+
+def _first(records: Iterable[dict], kind: str) -> dict[str, Any]:
+    return next((record for record in records if record["kind"] == kind), {})
 
 
 def _title(environment: dict[str, Any]) -> str:

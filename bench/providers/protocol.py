@@ -36,8 +36,13 @@ class Provider(Protocol):
         ...
 
 
-def too_many_scores(workload: Workload) -> list[str]:
-    """A reason against a provider that writes the scores of all heads."""
-    if workload.score_bytes() <= MAX_SCORE_BYTES[workload.device]:
+def too_many_scores(workload: Workload, share: float = 1.0) -> list[str]:
+    """A reason against a provider that writes the scores of all heads.
+
+    Args:
+        workload: What it would run.
+        share: Of the most that is tolerated.
+    """
+    if workload.score_bytes() <= share * MAX_SCORE_BYTES[workload.device]:
         return []
     return [f"it would write {workload.score_bytes() / GIB:.1f} GiB of scores"]

@@ -68,6 +68,8 @@ class Sdpa:
             reasons.append("keys and values are equally wide")
         if self.backend == "math":
             reasons += too_many_scores(workload)
+            if self.sharing == "gather" and workload.has_even_groups:
+                reasons.append("with enable_gqa it copies the heads by itself")
         return reasons
 
     def build(self, workload: Workload, inputs: Inputs) -> Call:
@@ -149,6 +151,7 @@ def every_sdpa() -> list[Sdpa]:
         Sdpa(backend, sharing, pad)
         for backend in BACKENDS
         for sharing in ("none", "gqa", "gather", "groups")
-        # The math backend takes any widths, so padding could only slow it down.
-        for pad in ((False,) if backend == "math" else (False, True))
+        for pad in (False, True)
+        # It takes any widths and copies shared heads, so padding and splitting only slow it down.
+        if backend != "math" or not (pad or sharing == "groups")
     ]

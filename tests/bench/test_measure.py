@@ -36,8 +36,8 @@ def test_rounds_alternate_in_direction():
 
 def test_repeats_fill_a_round_and_rounds_fill_the_time():
     clock = FakeClock()
-    timings = interleave(steps(fast=0.1, slower=0.25), clock, seconds=20.0)
-    assert timings["fast"].repeats == 10 and timings["slower"].repeats == 4
+    timings = interleave(steps(fast=0.1, slower=0.2), clock, seconds=20.0)
+    assert timings["fast"].repeats == 10 and timings["slower"].repeats == 5
     assert timings["fast"].rounds == 20
     assert interleave(steps(a=0.5), FakeClock(), seconds=1e9)["a"].rounds == MAX_ROUNDS
 
