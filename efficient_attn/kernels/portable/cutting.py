@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
-
-Selection = slice | list[int]
 
 
 class Problem(NamedTuple):
-    """Query heads of some samples that share what they read: the first ``length`` keys."""
+    """Query heads of some samples, and the key and value head that each of them reads.
+
+    ``None`` in place of the heads means all, in even groups. Only the first ``length`` keys count.
+    """
 
     samples: slice
-    q_heads: Selection
-    k_heads: Selection
-    v_heads: Selection
+    q_heads: slice
+    k_heads: list[int] | None
+    v_heads: list[int] | None
     length: int
 
 
@@ -36,9 +38,12 @@ def problems(
     q_to_k: Tensor | None,
     q_to_v: Tensor | None,
     key_lengths: Tensor | None,
-    groups_natively: bool,
+    even_groups: bool,
 ) -> Iterator[Problem]:
-    """Cut the call where samples or groups of heads differ.
+    """Cut the call where samples differ, and into chunks of heads where their map is not even.
+
+    A chunk has as many heads as there are key or value heads, so that what is read for it is never
+    larger than what there is to read; and enough of them to occupy every thread.
 
     Args:
         query: ``(B, Hq, Nq, D)``.
@@ -47,7 +52,7 @@ def problems(
         q_to_k: As in the ``attention`` op.
         q_to_v: As in the ``attention`` op.
         key_lengths: As in the ``attention`` op.
-        groups_natively: Whether the flash op itself serves several query heads from one key head.
+        even_groups: Whether even groups may stay whole.
     """
     batch, num_k_heads, nk, _ = key.shape
     num_heads, num_v_heads = query.shape[1], value.shape[1]
@@ -58,43 +63,27 @@ def problems(
         lengths = [nk] * batch if key_lengths is None else key_lengths.tolist()
         samples = [(slice(b, b + 1), length) for b, length in enumerate(lengths)]
 
+    even = q_to_k is None and q_to_v is None and num_k_heads == num_v_heads
     for which, length in samples:
         if length == 0:
             continue
-        if q_to_k is None and q_to_v is None and num_k_heads == num_v_heads and groups_natively:
-            yield Problem(which, slice(None), slice(None), slice(None), length)
+        if even and even_groups:
+            yield Problem(which, slice(0, num_heads), None, None, length)
             continue
-        k_index = _row(q_to_k, which, num_heads, num_k_heads)
-        v_index = _row(q_to_v, which, num_heads, num_v_heads)
-        for k_head, v_head, members in _groups(k_index, v_index):
-            k_heads, v_heads = slice(k_head, k_head + 1), slice(v_head, v_head + 1)
-            if groups_natively:
-                yield Problem(which, _as_slice(members), k_heads, v_heads, length)
-            else:
-                for head in members:
-                    yield Problem(which, slice(head, head + 1), k_heads, v_heads, length)
-
-
-def _groups(k_index: list[int], v_index: list[int]) -> Iterator[tuple[int, int, list[int]]]:
-    """The query heads of each pair of a key and a value head."""
-    members: dict[tuple[int, int], list[int]] = {}
-    for head, pair in enumerate(zip(k_index, v_index, strict=True)):
-        members.setdefault(pair, []).append(head)
-    for (k_head, v_head), heads in members.items():
-        yield k_head, v_head, heads
+        k_heads = _row(q_to_k, which, num_heads, num_k_heads)
+        v_heads = _row(q_to_v, which, num_heads, num_v_heads)
+        together = batch if which == slice(None) else 1
+        largest = max(num_k_heads, num_v_heads, -(-torch.get_num_threads() // together))
+        chunk = -(-num_heads // -(-num_heads // largest))
+        for start in range(0, num_heads, chunk):
+            heads = slice(start, min(start + chunk, num_heads))
+            yield Problem(which, heads, k_heads[heads], v_heads[heads], length)
 
 
 def _row(index: Tensor | None, samples: slice, num_q_heads: int, num_heads: int) -> list[int]:
     if index is None:
         return [head * num_heads // num_q_heads for head in range(num_q_heads)]
     return (index[samples.start] if index.dim() == 2 else index).tolist()
-
-
-def _as_slice(heads: list[int]) -> Selection:
-    """Heads at even distances as a slice, which selects a view."""
-    step = heads[1] - heads[0] if len(heads) > 1 else 1
-    evenly = range(heads[0], heads[0] + step * len(heads), step)
-    return slice(heads[0], evenly.stop, step) if list(evenly) == heads else heads
 
 
 def pieces(nq: int, nk: int, left: int | None, right: int | None) -> Iterator[list[Piece]]:

@@ -1,9 +1,8 @@
 """Exact attention on CPU as a few calls of torch's own flash op, which returns the log-sum-exp.
 
 The op knows even groups, a square causal mask and an additive mask. Everything else is cut into
-problems of that kind: one per sample where samples differ, one per group of query heads that share
-a key and a value head, and one per block of rows where a window slides. Nothing is copied to make a
-group look even, and gradients of a group are summed in fp32.
+problems of that kind: one per sample where samples differ, one per chunk of heads where groups do,
+and one per block of rows where a window slides. Gradients of a group are summed in fp32.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ def backward(
         query, key, value, out, grad_out = (x.float() for x in (query, key, value, out, grad_out))
     read = (query, key, value, q_to_k, q_to_v, key_lengths)
     totals: list[Tensor] | None = None
-    for problem in problems(*read, _groups_natively()):
+    for problem in problems(*read, _groups_natively() and _occupies_threads(key)):
         q, k, v, mask = _select(problem, query, key, value, bias)
         samples = problem.samples
         for together in pieces(query.shape[2], problem.length, left, right):
@@ -85,13 +84,9 @@ def backward(
                     return _finished(grads, dtypes)
                 if totals is None:
                     totals = [_zeros(x) for x in (query, key, value)]
-                places = (
-                    (samples, problem.q_heads, rows),
-                    (samples, problem.k_heads, columns),
-                    (samples, problem.v_heads, columns),
-                )
-                for total, place, grad in zip(totals, places, grads, strict=True):
-                    total[place] += grad
+                totals[0][samples, problem.q_heads, rows] += grads[0]
+                _add_heads(totals[1][samples, :, columns], problem.k_heads, grads[1])
+                _add_heads(totals[2][samples, :, columns], problem.v_heads, grads[2])
     if totals is None:
         totals = [_zeros(x) for x in (query, key, value)]
     return _finished(totals, dtypes)
@@ -129,10 +124,30 @@ def _select(problem: Problem, query, key, value, bias):
             bias = bias.float()
     return (
         query[samples, q_heads],
-        key[samples, k_heads, :length],
-        value[samples, v_heads, :length],
+        _read_heads(key[samples, :, :length], k_heads),
+        _read_heads(value[samples, :, :length], v_heads),
         bias,
     )
+
+
+def _read_heads(x: Tensor, heads: list[int] | None) -> Tensor:
+    """The named heads of ``x``; a view where they are one head, or neighbours."""
+    if heads is None:
+        return x
+    first, count = heads[0], len(heads)
+    if heads == [first] * count:
+        return x[:, first : first + 1].expand(-1, count, -1, -1)
+    if heads == list(range(first, first + count)):
+        return x[:, first : first + count]
+    return x.index_select(1, torch.tensor(heads))
+
+
+def _add_heads(total: Tensor, heads: list[int] | None, grad: Tensor) -> None:
+    """Add to each head what the query heads that read it gave, in their order."""
+    if heads is None:
+        total += grad
+    else:
+        total.index_add_(1, torch.tensor(heads), grad.to(total.dtype))
 
 
 def _cut(piece: Piece, q, k, v, mask, left, right):
@@ -215,6 +230,12 @@ def _multiplies_natively(dtype: torch.dtype) -> bool:
     if dtype == torch.float16:
         return torch.ops.mkldnn._is_mkldnn_fp16_supported()
     return True
+
+
+def _occupies_threads(key: Tensor) -> bool:
+    """Whether there are enough key heads for the op's backward, which gives each one a thread."""
+    tasks, threads = key.shape[0] * key.shape[1], torch.get_num_threads()
+    return tasks % threads == 0 or tasks >= 4 * threads
 
 
 def _zeros(x: Tensor) -> Tensor:
