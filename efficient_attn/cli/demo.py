@@ -123,7 +123,8 @@ def _load(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens: list[int] = []
     for _, text in python_sources("test"):
-        tokens += tokenizer(text)["input_ids"]
+        # Quietly: a file is longer than the model's context, but it is cut into rows below.
+        tokens += tokenizer(text, verbose=False)["input_ids"]
         if len(tokens) >= test_tokens:
             break
     rows = min(test_tokens, len(tokens)) // 512
