@@ -38,7 +38,9 @@ def native_build() -> dict:
     flags = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
     stable = ["-DTORCH_STABLE_ONLY", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     include = [str(HERE / "csrc")]
-    cuda = sources("csrc/cuda/*.cu") if cpp_extension.CUDA_HOME else []
+    # A CPU build of torch does not look for nvcc; the stable headers compile all the same.
+    cuda_home = cpp_extension.CUDA_HOME or cpp_extension._find_cuda_home()
+    cuda = sources("csrc/cuda/*.cu") if cuda_home else []
     extensions = [
         cpp_extension.CppExtension(
             "efficient_attn._C",
@@ -62,12 +64,15 @@ def native_build() -> dict:
         ),
     ]
     if cuda:
+        cpp_extension.CUDA_HOME = cuda_home
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
         extensions.append(
             cpp_extension.CppExtension(
                 "efficient_attn._C_cuda",
                 cuda,
-                include_dirs=[*include, f"{cpp_extension.CUDA_HOME}/include"],
+                include_dirs=[*include, f"{cuda_home}/include"],
+                library_dirs=[f"{cuda_home}/lib64"],
+                libraries=["cudart"],
                 extra_compile_args={
                     "cxx": [*flags, *stable],
                     "nvcc": ["-O3", "-std=c++17", *stable],
