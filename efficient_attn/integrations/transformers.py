@@ -64,9 +64,9 @@ def register() -> None:
     """
     if "q_offset" not in inspect.signature(sdpa_mask).parameters:
         raise ImportError(
-            f"transformers {transformers.__version__} builds attention masks from cache positions; "
-            "efficient_attn needs a version that builds them from q_length and q_offset, and is "
-            "tested with 5.23. Upgrade with: pip install -U transformers"
+            f"transformers {transformers.__version__} builds attention masks by an interface that "
+            "efficient_attn does not know. It needs 5.4 or later and is tested with 5.23: "
+            "pip install -U transformers"
         )
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask)

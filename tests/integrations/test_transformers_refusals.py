@@ -6,6 +6,7 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 from efficient_attn import UnsupportedError
+from efficient_attn.integrations import transformers as ours
 from efficient_attn.integrations.transformers import attention_forward
 
 
@@ -61,12 +62,12 @@ def test_a_mask_that_does_not_fit_is_named():
 
 
 def test_asking_for_weights(model_pair, padded_batch):
-    _, ours = model_pair("llama")
-    ours.set_attn_implementation("efficient_attn")
+    _, model = model_pair("llama")
+    model.set_attn_implementation("efficient_attn")
     with pytest.raises(UnsupportedError, match="output_attentions"):
-        ours(**padded_batch("none"), output_attentions=True)
+        model(**padded_batch("none"), output_attentions=True)
     with pytest.raises(ValueError, match="output_attentions"):
-        ours.config.output_attentions = True
+        model.config.output_attentions = True
 
 
 def test_dropout_is_refused_in_training_only(padded_batch):
@@ -78,3 +79,12 @@ def test_dropout_is_refused_in_training_only(padded_batch):
     model.eval()(**padded_batch("right"))
     with pytest.raises(UnsupportedError, match="attention_probs_dropout_prob=0.0"):
         model.train()(**padded_batch("right"))
+
+
+def test_another_interface_of_masks_is_refused(monkeypatch):
+    def older_mask(batch_size, cache_position, kv_length):
+        pass
+
+    monkeypatch.setattr(ours, "sdpa_mask", older_mask)
+    with pytest.raises(ImportError, match="needs 5.4 or later"):
+        ours.register()
