@@ -1,4 +1,4 @@
-"""What every test gets: a fixed seed, a GPU only where there is one, and poison on request."""
+"""What every test gets: a fixed seed, a GPU only where there is one, and more on request."""
 
 import pytest
 import torch
@@ -16,6 +16,15 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread():
+    """For models so small that they lose more to a second thread than they gain by it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

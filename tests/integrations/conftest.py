@@ -155,12 +155,8 @@ def count_calls():
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small lose more to waiting for a second thread than they gain by it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def small_models(one_thread):
+    """All of them are."""
 
 
 @pytest.fixture
