@@ -1,7 +1,13 @@
 """What every test gets: a fixed seed, a GPU only where there is one, and more on request."""
 
+import os
+
 import pytest
 import torch
+
+# Triton looks at this when it is first imported, which torch may do at any time.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(config, items):

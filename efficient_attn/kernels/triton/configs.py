@@ -1,0 +1,138 @@
+"""Tile sizes as data.
+
+Chosen by reasoning and by reading the compiler's register and shared-memory reports; not yet tuned
+on a device. The key is the architecture, the kernel, the width of an element and a bucket of the
+head dims. It never contains a sequence length, so a kernel is compiled once per kind of call.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+# Keys and values (or queries and their gradients) of one section of heads should stay in the L2
+# cache while the section runs: half of the smallest cache among the data-centre devices.
+L2_BUDGET = 20 * 2**20
+
+# Beyond this sum of head dims the gradients of keys and values do not fit the registers together,
+# and computing the scores twice costs less than spilling.
+LARGEST_DIMS_TOGETHER = 320
+
+# Shared memory that one program may use, in bytes.
+SHARED_MEMORY = {"sm80": 163 * 1024, "sm86": 99 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024}
+
+
+class Tile(NamedTuple):
+    """Rows are queries and columns are keys, whichever of them the kernel walks along."""
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, Any]:
+        """The launch options of a kernel."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            # Triton 3.10 changes the default, and an unfused multiply-add costs a fifth.
+            "enable_fp_fusion": True,
+        }
+
+
+# kernel -> kind of mask -> a tile for each bucket of head dims, for elements of two bytes.
+_HALF = {
+    "forward": {
+        "plain": ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
+        "window": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 1)),
+        "bias": ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 1), (32, 32, 4, 1)),
+    },
+    "grad_query": {
+        "plain": ((64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)),
+        "window": ((64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1)),
+        "bias": ((64, 32, 4, 2), (64, 32, 8, 1), (32, 32, 4, 1), (32, 32, 8, 1)),
+    },
+    "grad_key_value": {
+        "plain": ((64, 64, 4, 2), (32, 64, 8, 2), (32, 64, 8, 2), (16, 64, 8, 1)),
+        "window": ((32, 64, 4, 2), (32, 64, 8, 2), (16, 64, 8, 1), (16, 32, 8, 1)),
+        "bias": ((32, 64, 4, 2), (32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)),
+    },
+    "grad_bias": {
+        "bias": ((64, 32, 4, 1), (64, 32, 8, 1), (32, 32, 4, 1), (32, 32, 8, 1)),
+    },
+}
+# Where Ampere's registers do not hold what later devices keep in shared or tensor memory.
+_HALF_ON_AMPERE = {
+    ("forward", "plain"): ((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
+}
+# Elements of four bytes: the kernel that keeps two accumulators needs smaller tiles.
+_SINGLE = ((32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1))
+_SINGLE_KEY_VALUE = ((16, 32, 4, 1), (16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1))
+_ROWS = Tile(64, 0, 4, 1)
+# The largest head dims of queries and of values in each bucket.
+_BUCKETS = ((64, 64), (128, 128), (256, 128), (256, 256))
+# Small and never square, so that a few tokens make several tiles of each kind.
+_INTERPRETED = {
+    "forward": Tile(64, 32, 4, 1),
+    "rows": Tile(64, 0, 4, 1),
+    "grad_query": Tile(64, 32, 4, 1),
+    "grad_key_value": Tile(32, 64, 4, 1),
+    "grad_bias": Tile(32, 64, 4, 1),
+}
+
+
+def architecture(device: torch.device) -> str:
+    """The family of tables that serves a device; ``interpreted`` where there is no GPU."""
+    if device.type != "cuda":
+        return "interpreted"
+    return family(torch.cuda.get_device_capability(device))
+
+
+def family(capability: tuple[int, int]) -> str:
+    """The family of a compute capability; ``sm86`` is whatever has 99 KiB of shared memory."""
+    if capability[0] == 9:
+        return "sm90"
+    if capability[0] in (10, 11):
+        return "sm100"
+    return "sm80" if capability in ((8, 0), (8, 7)) else "sm86"
+
+
+def tile(
+    kernel: str,
+    arch: str,
+    element_size: int,
+    head_dims: tuple[int, int],
+    *,
+    with_bias: bool = False,
+    with_window_or_softcap: bool = False,
+) -> Tile:
+    """The tile of a kernel for the head dims of queries and values.
+
+    A bias, a window that ends on the left, and a softcap each take registers from the tile.
+    """
+    if arch == "interpreted":
+        return _INTERPRETED[kernel]
+    if kernel == "rows":
+        return _ROWS
+    kind = (
+        "bias"
+        if with_bias or kernel == "grad_bias"
+        else "window"
+        if with_window_or_softcap
+        else "plain"
+    )
+    bucket = next(
+        i for i, b in enumerate(_BUCKETS) if head_dims[0] <= b[0] and head_dims[1] <= b[1]
+    )
+    if element_size == 4:
+        return Tile(*(_SINGLE_KEY_VALUE if kernel == "grad_key_value" else _SINGLE)[bucket])
+    tiles = _HALF[kernel][kind]
+    if arch in ("sm80", "sm86"):
+        tiles = _HALF_ON_AMPERE.get((kernel, kind), tiles)
+    return Tile(*tiles[bucket])
+
+
+def programs_wanted(arch: str) -> int:
+    """How many programs fill a device, a few for each multiprocessor."""
+    return 8 if arch == "interpreted" else 512
