@@ -3,7 +3,13 @@
 from typing import TYPE_CHECKING
 
 from efficient_attn.errors import ConversionError, UnsupportedError
-from efficient_attn.functional import attention, attention_varlen, merge_states
+from efficient_attn.functional import (
+    attention,
+    attention_decode,
+    attention_varlen,
+    merge_states,
+    mla_decode,
+)
 from efficient_attn.head_map import HeadMap
 
 if TYPE_CHECKING:
@@ -14,8 +20,10 @@ __all__ = [
     "HeadMap",
     "UnsupportedError",
     "attention",
+    "attention_decode",
     "attention_varlen",
     "merge_states",
+    "mla_decode",
     "patch_model",
 ]
 

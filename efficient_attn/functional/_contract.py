@@ -7,10 +7,16 @@ from torch import Tensor
 
 from efficient_attn.head_map import HeadMap, is_readable
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_tensors(query: Tensor, key: Tensor, value: Tensor, layout: tuple[str, ...]) -> None:
+def check_tensors(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: tuple[str, ...],
+    names: tuple[str, str, str] = ("query", "key", "value"),
+) -> None:
     """Ranks, kinds and sizes that every attention call agrees on.
 
     Args:
@@ -18,8 +24,9 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, layout: tuple[str, 
         key: The key tensor.
         value: The value tensor.
         layout: Names of the dimensions, for example ``("batch", "heads", "tokens", "dim")``.
+        names: What the caller calls the three.
     """
-    named = (("query", query), ("key", key), ("value", value))
+    named = tuple(zip(names, (query, key, value), strict=True))
     for name, x in named:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} is a {type(x).__name__}; pass a torch.Tensor.")
@@ -28,7 +35,7 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, layout: tuple[str, 
                 f"{name} has shape {tuple(x.shape)}; it must have {len(layout)} dimensions, "
                 f"({', '.join(layout)})."
             )
-        if x.dtype not in _DTYPES:
+        if x.dtype not in DTYPES:
             raise TypeError(
                 f"{name} has dtype {x.dtype}; attention takes float16, bfloat16, float32 or "
                 "float64."
@@ -46,17 +53,17 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, layout: tuple[str, 
         )
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(
-            f"query has head dim {query.shape[-1]} and key {key.shape[-1]}; they are multiplied "
-            "and must be equal (value may differ)."
+            f"query has head dim {query.shape[-1]} and {names[1]} {key.shape[-1]}; they are "
+            f"multiplied and must be equal ({names[2]} may differ)."
         )
-    for name, x in (("query", query), ("value", value)):
+    for name, x in (named[0], named[2]):
         if x.shape[-1] == 0:
             raise ValueError(f"{name} has head dim 0; it must be at least 1.")
     tokens = layout.index("tokens")
     if key.shape[tokens] != value.shape[tokens]:
         raise ValueError(
-            f"key has {key.shape[tokens]} tokens and value {value.shape[tokens]}; every key needs "
-            "one value."
+            f"{names[1]} has {key.shape[tokens]} tokens and {names[2]} {value.shape[tokens]}; "
+            "every key needs one value."
         )
     if "batch" in layout:
         for name, x in named[1:]:
@@ -153,7 +160,7 @@ def check_key_lengths(key_lengths: Tensor | None, key: Tensor) -> None:
     """One length per sample, no longer than the keys."""
     if key_lengths is None:
         return
-    _check_integers("key_lengths", key_lengths, key)
+    check_integers("key_lengths", key_lengths, key)
     batch, _, tokens, _ = key.shape
     if key_lengths.shape != (batch,):
         raise ValueError(
@@ -169,7 +176,7 @@ def check_key_lengths(key_lengths: Tensor | None, key: Tensor) -> None:
 
 def check_packing(name: str, cu_seqlens: Tensor, packed: Tensor) -> None:
     """Cumulative lengths start at 0, do not descend, and end within the packed tokens."""
-    _check_integers(name, cu_seqlens, packed)
+    check_integers(name, cu_seqlens, packed)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(
             f"{name} has shape {tuple(cu_seqlens.shape)}; it must be (sequences + 1,), the "
@@ -185,7 +192,8 @@ def check_packing(name: str, cu_seqlens: Tensor, packed: Tensor) -> None:
         )
 
 
-def _check_integers(name: str, x: Tensor, beside: Tensor) -> None:
+def check_integers(name: str, x: Tensor, beside: Tensor) -> None:
+    """Lengths and tables are integers on the device of what they describe."""
     if x.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} has dtype {x.dtype}; pass int32 or int64.")
     if x.device != beside.device:

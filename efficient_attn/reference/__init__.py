@@ -1,6 +1,7 @@
 """The specification: one readable function per op, slow, any floating dtype."""
 
 from efficient_attn.reference.attention import attention, attention_varlen
+from efficient_attn.reference.decode import attention_decode, mla_decode
 from efficient_attn.reference.merge import merge_states
 
-__all__ = ["attention", "attention_varlen", "merge_states"]
+__all__ = ["attention", "attention_decode", "attention_varlen", "merge_states", "mla_decode"]

@@ -41,7 +41,7 @@ def attention(
                 query[b : b + 1],
                 key[b : b + 1, :, :length],
                 value[b : b + 1, :, :length],
-                head_map=None if head_map is None else _row(head_map, b),
+                head_map=None if head_map is None else row_of_map(head_map, b),
                 causal=causal,
                 window=window,
                 scale=scale,
@@ -100,7 +100,7 @@ def attention_varlen(
         k, v = (x[starts_k[i] : starts_k[i + 1]] for x in (key, value))
         out, lse = attention(
             *(rearrange(x, "n h d -> 1 h n d") for x in (q, k, v)),
-            head_map=None if head_map is None else _row(head_map, i),
+            head_map=None if head_map is None else row_of_map(head_map, i),
             **options,
         )
         outs.append(rearrange(out, "1 h n d -> n h d"))
@@ -115,7 +115,7 @@ def expand_heads(x: Tensor, index: Tensor) -> Tensor:
     return torch.stack([sample.index_select(0, row) for sample, row in zip(x, index, strict=True)])
 
 
-def _row(head_map: HeadMap, sample: int) -> HeadMap:
+def row_of_map(head_map: HeadMap, sample: int) -> HeadMap:
     """The map of one sample, where there is one row per sample."""
     k, v = (
         x[sample] if x is not None and x.dim() == 2 else x

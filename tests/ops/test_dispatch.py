@@ -60,6 +60,31 @@ def test_opcheck_merge():
     opcheck(ops.merge_states.default, (tensors(*[(2, 3, 5)] * 2), tensors(*[(2, 3)] * 2)))
 
 
+CACHE = ((2, 4, 3, 8), (5, 2, 4, 8), (5, 2, 4, 6))
+PAGES = torch.tensor([[3, 1], [0, 4]], dtype=torch.int32)
+LATENT = ((2, 4, 3, 8), (2, 4, 3, 2), (2, 7, 10))
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_opcheck_cache(tokens):
+    query, *caches = tensors(*CACHE, requires_grad=False)
+    options = (torch.tensor([3, 7]), PAGES, INDEX, None, 2, 0.3, 2.0)
+    opcheck(ops.attention_decode.default, (query[:, :, :tokens], *caches, *options))
+    options = (torch.tensor([3, 7]), None, 0.3)
+    opcheck(ops.mla_decode.default, (*tensors(*LATENT, requires_grad=False), *options))
+
+
+def test_attention_to_a_cache_compiles_whole():
+    def call(query, key, value, lengths, pages):
+        return ea.attention_decode(query, key, value, cache_lengths=lengths, block_table=pages)
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    inputs = tensors(*CACHE, requires_grad=False)
+    for lengths in ([3, 7], [8, 0]):
+        arguments = (*inputs, torch.tensor(lengths), PAGES)
+        torch.testing.assert_close(compiled(*arguments), call(*arguments))
+
+
 def test_compiles_whole_with_dynamic_sizes():
     def call(query, key, value, index):
         head_map = HeadMap.from_index(index, num_k_heads=2)
@@ -151,6 +176,14 @@ def test_flops_of_packed_sequences_are_those_of_each_alone():
     with FlopCounterMode(display=False) as counter:
         ea.attention_varlen(*tensors(*PACKED), **ends)
     assert counter.get_total_flops() == 2 * 4 * (2 * 2 + 4 * 4) * (8 + 6)
+
+
+def test_flops_of_a_cache_are_those_of_its_lengths():
+    with FlopCounterMode(display=False) as counter:
+        ea.attention_decode(*tensors(*CACHE), cache_lengths=torch.tensor([3, 7]), block_table=PAGES)
+        ea.mla_decode(*tensors(*LATENT), cache_lengths=torch.tensor([3, 7]), scale=1.0)
+    pairs = 4 * (1 + 2 + 3 + 5 + 6 + 7)
+    assert counter.get_total_flops() == 2 * pairs * (8 + 6) + 2 * pairs * (10 + 8)
 
 
 def test_second_derivatives_are_refused_by_name():
