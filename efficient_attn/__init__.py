@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from efficient_attn.errors import ConversionError, UnsupportedError
+from efficient_attn.errors import CacheFullError, ConversionError, UnsupportedError
 from efficient_attn.functional import (
     attention,
     attention_decode,
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from efficient_attn.integrations.patching import patch_model
 
 __all__ = [
+    "CacheFullError",
     "ConversionError",
     "HeadMap",
     "UnsupportedError",

@@ -22,3 +22,7 @@ class UnsupportedError(NotImplementedError):
 
 class ConversionError(ValueError):
     """A checkpoint cannot be converted as asked, with the reason and the way forward."""
+
+
+class CacheFullError(RuntimeError):
+    """A cache has no room for what was to be appended. It was left as it was."""

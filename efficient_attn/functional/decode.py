@@ -10,6 +10,9 @@ from efficient_attn.functional import _contract as contract
 from efficient_attn.head_map import HeadMap
 from efficient_attn.masking import Window, window_limits
 
+# Up to here, reading the cache is what costs time; more new tokens are a prefill, for attention.
+FEW_TOKENS = 16
+
 
 def attention_decode(
     query: Tensor,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from efficient_attn.cache import KeyValueRows, SequenceCache
 from efficient_attn.errors import ConversionError
-from efficient_attn.functional import attention
+from efficient_attn.functional import attention, attention_decode
+from efficient_attn.functional.decode import FEW_TOKENS
 from efficient_attn.head_map import HeadMap
 
 
@@ -175,8 +177,10 @@ class GroupedQueryAttention(nn.Module):
         key_lengths: Tensor | None = None,
         bias: Tensor | None = None,
         head_map: HeadMap | None = None,
+        cache: SequenceCache | None = None,
+        counts: Sequence[int] | None = None,
     ) -> Tensor:
-        """Attend from ``x`` to ``context``, or to ``x`` itself.
+        """Attend from ``x`` to ``context``, to ``x`` itself, or to a cache that ``x`` is added to.
 
         Args:
             x: ``(B, N, E)``.
@@ -187,7 +191,13 @@ class GroupedQueryAttention(nn.Module):
             bias: Added to the scores, broadcastable to ``(B, Hq, N, M)``; ``-inf`` masks.
             head_map: Replaces the layer's own map in this call; ``(B, Hq)`` indices give every
                 sample its own.
+            cache: What came before ``x`` in each sequence, holding :attr:`cache_rows`; keys and
+                values of ``x`` are appended. By default, positions go on from there. It holds no
+                graph, so tokens whose keys or values need a gradient are refused.
+            counts: With a cache, how many tokens of ``x`` each sequence has: the last ones, and
+                padding before them, whose output means nothing. By default all.
         """
+        self._check_cache_arguments(cache, counts, context, key_lengths)
         for name, tokens in (("x", x), ("context", context)):
             if tokens is not None and tokens.dim() != 3:
                 raise ValueError(
@@ -197,22 +207,26 @@ class GroupedQueryAttention(nn.Module):
         if head_map is None:
             head_map = self.choose_head_map(query, key, value)
         if context is None:
+            if cache is not None and positions is None and self.rotary is not None:
+                positions = cache.positions(x.shape[1], counts)
             context_positions = positions
         query = self._normalise_and_turn(query, self.q_norm, positions)
         key = self._normalise_and_turn(key, self.k_norm, context_positions)
-        out = attention(
-            query,
-            key,
-            value,
-            head_map=head_map,
-            causal=self.causal,
-            window=self.window,
-            scale=self.scale,
-            softcap=self.softcap,
-            bias=bias,
-            key_lengths=key_lengths,
-        )
-        return self.combine(out)
+        options = {
+            "head_map": head_map,
+            "window": self.window,
+            "scale": self.scale,
+            "softcap": self.softcap,
+        }
+        if cache is not None:
+            cache.append(key, value, counts=counts)
+            if bias is None and query.shape[2] <= FEW_TOKENS and not _needs_gradient(query):
+                places = {"cache_lengths": cache.lengths, "block_table": cache.block_table}
+                return self.combine(attention_decode(query, *cache.parts, **places, **options))
+            key, value = cache.filled()
+            key_lengths = cache.lengths if cache.is_ragged else None
+        options |= {"causal": self.causal, "bias": bias, "key_lengths": key_lengths}
+        return self.combine(attention(query, key, value, **options))
 
     def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query ``(B, Hq, N, D)``, key ``(B, Hk, M, D)`` and value ``(B, Hv, M, Dv)`` heads."""
@@ -229,6 +243,31 @@ class GroupedQueryAttention(nn.Module):
         """From attended heads ``(B, Hq, N, Dv)`` to tokens ``(B, N, E)``."""
         return self.o_proj(rearrange(out, "b h n d -> b n (h d)"))
 
+    def _check_cache_arguments(
+        self,
+        cache: SequenceCache | None,
+        counts: Sequence[int] | None,
+        context: Tensor | None,
+        key_lengths: Tensor | None,
+    ) -> None:
+        if cache is None:
+            if counts is not None:
+                raise ValueError("counts says what a cache is to keep; pass cache= too.")
+            return
+        if not isinstance(cache, SequenceCache):
+            raise TypeError(
+                f"cache is a {type(cache).__name__}; pass a StaticCache, or a PagedCache's "
+                "batch([...])."
+            )
+        if not self.causal:
+            raise ValueError(
+                "this layer was made with causal=False, so tokens that come later would change "
+                "what was computed before; a cache needs causal=True."
+            )
+        for name, argument in (("context", context), ("key_lengths", key_lengths)):
+            if argument is not None:
+                raise ValueError(f"{name} cannot be passed with a cache, which has its own.")
+
     def _normalise_and_turn(
         self, heads: Tensor, norm: nn.Module | None, positions: Tensor | None
     ) -> Tensor:
@@ -240,6 +279,11 @@ class GroupedQueryAttention(nn.Module):
         """The layer's own head map."""
         counts = (self.num_heads, self.num_key_heads, self.num_value_heads)
         return HeadMap(*counts, q_to_k=self.q_to_k, q_to_v=self.q_to_v)
+
+    @property
+    def cache_rows(self) -> KeyValueRows:
+        """What a cache for this layer keeps of a token."""
+        return KeyValueRows.for_map(self.head_map, self.head_dim, self.v_head_dim)
 
     def reset_parameters(self) -> None:
         """Reinitialise projections and norms, and restore the head map given at construction."""
@@ -263,6 +307,10 @@ class GroupedQueryAttention(nn.Module):
         for name, buffer in self.named_buffers(recurse=False):
             parts.append(f"{name}={'meta' if buffer.is_meta else buffer.tolist()}")
         return ", ".join(parts)
+
+
+def _needs_gradient(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
 
 
 def _projection(
