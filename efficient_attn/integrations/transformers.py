@@ -39,8 +39,10 @@ from transformers.masking_utils import (
 from transformers.utils.import_utils import is_tracing
 
 from efficient_attn.errors import UnsupportedError
-from efficient_attn.functional import attention, attention_varlen
+from efficient_attn.functional import attention, attention_decode, attention_varlen
+from efficient_attn.functional.decode import FEW_TOKENS
 from efficient_attn.integrations.model_facts import ModelFacts, facts
+from efficient_attn.integrations.past_key_values import InPages
 
 # transformers treats a name that holds "flash", "sdpa", "flex", a slash or a bar in a special way.
 NAME = "efficient_attn"
@@ -157,6 +159,11 @@ def attention_forward(
             **options,
         )
         out, lse = out.transpose(0, 1)[None], lse.transpose(0, 1)[None]
+    elif (
+        attention_mask is None and position_bias is None and _can_decode(query, key, value, causal)
+    ):
+        del options["causal"]
+        out, lse = _decode(query, key, value, options)
     else:
         bias = None if attention_mask is None else as_bias(attention_mask, query.dtype)
         if position_bias is not None:
@@ -166,6 +173,27 @@ def attention_forward(
         share_of_keys = torch.sigmoid(lse - s_aux.to(lse.dtype)[:, None])
         out = out * share_of_keys.to(out.dtype)[..., None]
     return out.transpose(1, 2).contiguous(), None
+
+
+def _can_decode(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> bool:
+    """Whether this is a step of decoding: few tokens, the last of all, and nothing to learn."""
+    few = query.shape[2] <= min(FEW_TOKENS, key.shape[2]) and (causal or query.shape[2] == 1)
+    # Under autocast, what is cached may have another dtype than the query.
+    alike = query.dtype == key.dtype == value.dtype
+    learning = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    return few and alike and not learning
+
+
+def _decode(query: Tensor, key: Tensor, value: Tensor, options: dict) -> tuple[Tensor, Tensor]:
+    """Attend to a cache that is full up to its last row, or to pages where they lie."""
+    if isinstance(key, InPages):
+        batch = key.batch
+        options |= {"cache_lengths": batch.lengths, "block_table": batch.block_table}
+        key, value = batch.parts
+    else:
+        lengths = torch.full((key.shape[0],), key.shape[2], dtype=torch.int32, device=key.device)
+        options |= {"cache_lengths": lengths}
+    return attention_decode(query, key, value, **options)
 
 
 def attention_forward_under_sdpa_masks(
