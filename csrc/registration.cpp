@@ -7,8 +7,17 @@
 
 STABLE_TORCH_LIBRARY(efficient_attn_native, m) {
   m.def("merge_states(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)");
+  m.def(
+      "attention_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cache_lengths, "
+      "Tensor? block_table, Tensor? q_to_k, Tensor? q_to_v, SymInt? window_left, "
+      "float scale, float softcap) -> (Tensor out, Tensor lse)");
+  m.def(
+      "mla_decode(Tensor q_latent, Tensor q_rope, Tensor cache, Tensor cache_lengths, "
+      "Tensor? block_table, float scale) -> (Tensor out, Tensor lse)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(efficient_attn_native, CPU, m) {
   m.impl("merge_states", TORCH_BOX(&ea::cpu::merge_states));
+  m.impl("attention_decode", TORCH_BOX(&ea::cpu::attention_decode));
+  m.impl("mla_decode", TORCH_BOX(&ea::cpu::mla_decode));
 }

@@ -14,17 +14,23 @@ struct Half {
   uint16_t bits;
 };
 
-enum class Isa { baseline, avx2, avx512 };  // each holds the ones before it
+enum class Isa { baseline, avx2, avx512, avx512_bf16 };  // each holds the ones before it
+
+inline constexpr Isa kEveryIsa[] = {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16};
 
 // The widest one that this processor has.
 inline Isa best_isa() {
 #if defined(__x86_64__)
   static const Isa isa = [] {
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::baseline;
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||
+        !__builtin_cpu_supports("f16c")) {
+      return Isa::baseline;
+    }
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    return avx512 ? Isa::avx512 : Isa::avx2;
+    if (!avx512) return Isa::avx2;
+    return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
   }();
   return isa;
 #else
@@ -33,7 +39,12 @@ inline Isa best_isa() {
 }
 
 inline const char* name(Isa isa) {
-  return isa == Isa::avx512 ? "AVX-512" : isa == Isa::avx2 ? "AVX2" : "baseline";
+  switch (isa) {
+    case Isa::avx512_bf16: return "AVX-512 with bf16";
+    case Isa::avx512: return "AVX-512";
+    case Isa::avx2: return "AVX2";
+    default: return "baseline";
+  }
 }
 
 }  // namespace ea::cpu

@@ -2,10 +2,10 @@
 
 // out[0 .. kVectors * lanes) = sum over s of weights[s] * parts[s][at ..]. A part of weight zero saw
 // nothing and is not read.
-template <int kVectors, typename Value, typename Real>
+template <int kVectors, typename Value, typename Real, typename Out>
 EA_HOST_DEVICE void merge_block(
-    const Value* const* parts, const Real* weights, int64_t count, int64_t at, Value* out) {
-  decltype(load(out)) sum[kVectors] = {};
+    const Value* const* parts, const Real* weights, int64_t count, int64_t at, Out* out) {
+  decltype(load(*parts)) sum[kVectors] = {};
   for (int64_t s = 0; s < count; ++s) {
     if (weights[s] == Real(0)) continue;
     const Value* part = parts[s] + at;
@@ -14,20 +14,20 @@ EA_HOST_DEVICE void merge_block(
   for (int v = 0; v < kVectors; ++v) store(out + at + v * lanes<Real>, sum[v]);
 }
 
-template <typename Value, typename Real>
+template <typename Value, typename Real, typename Out>
 EA_HOST_DEVICE void merge_tail(
     const Value* const* parts, const Real* weights, int64_t count, int64_t at, int64_t size,
-    Value* out) {
-  decltype(load(out)) sum = {};
+    Out* out) {
+  decltype(load(*parts)) sum = {};
   for (int64_t s = 0; s < count; ++s) {
     if (weights[s] != Real(0)) sum += load_some(parts[s] + at, size) * weights[s];
   }
   store_some(out + at, sum, size);
 }
 
-template <typename Value, typename Lse>
-void merge_rows(MergeRun<Value, Lse>& run) {
-  using Real = typename MergeRun<Value, Lse>::Real;
+template <typename Value, typename Lse, typename Out = Value>
+void merge_rows(MergeRun<Value, Lse, Out>& run) {
+  using Real = typename MergeRun<Value, Lse, Out>::Real;
   constexpr int block = 8 * lanes<Real>;
   for (int64_t row = 0; row < run.rows; ++row) {
     for (int64_t s = 0; s < run.count; ++s) run.weights[s] = *run.lses[s];

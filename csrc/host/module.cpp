@@ -61,14 +61,14 @@ using ea::cpu::Isa;
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
-  for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
+  for (const Isa isa : ea::cpu::kEveryIsa) {
     if (isa <= ea::cpu::best_isa()) names.emplace_back(ea::cpu::name(isa));
   }
   return names;
 }
 
 Isa isa_of(const std::string& name) {
-  for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
+  for (const Isa isa : ea::cpu::kEveryIsa) {
     if (name == ea::cpu::name(isa) && isa <= ea::cpu::best_isa()) return isa;
   }
   throw std::invalid_argument("this processor does not run " + name + ".");

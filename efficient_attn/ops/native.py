@@ -25,8 +25,29 @@ def _merge_states_sample() -> tuple:
     return outs, lses
 
 
+def _wave(*shape: int) -> Tensor:
+    count = torch.Size(shape).numel()
+    return torch.arange(count, dtype=torch.float32, device="cpu").mul(0.7).sin().view(shape)
+
+
+def _attention_decode_sample() -> tuple:
+    lengths = torch.tensor([70, 3], device="cpu")
+    q_to_k, q_to_v = (torch.tensor(x, device="cpu") for x in ([1, 0, 1], [0, 1, 1]))
+    caches = _wave(2, 2, 80, 33), _wave(2, 2, 80, 9)
+    return _wave(2, 3, 2, 33), *caches, lengths, None, q_to_k, q_to_v, 65, 0.5, 3.0
+
+
+def _mla_decode_sample() -> tuple:
+    lengths, table = (torch.tensor(x, device="cpu") for x in ([70, 3], [[2, 1, 4], [3, 0, 0]]))
+    return _wave(2, 5, 1, 20), _wave(2, 5, 1, 4), _wave(5, 32, 24), lengths, table, 0.3
+
+
 # Every native op, with arguments on which it has to agree with the portable one.
-_SAMPLES = {"merge_states": _merge_states_sample}
+_SAMPLES = {
+    "merge_states": _merge_states_sample,
+    "attention_decode": _attention_decode_sample,
+    "mla_decode": _mla_decode_sample,
+}
 
 
 class NativeKernels:

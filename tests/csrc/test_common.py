@@ -92,6 +92,6 @@ def test_an_instruction_set_that_is_not_there_is_refused(host):
 
 def test_build_facts_name_what_was_built(host):
     facts = host.build_facts()
-    assert facts["instruction_set"] in ("baseline", "AVX2", "AVX-512")
+    assert facts["instruction_set"] == host.instruction_sets()[-1]
     assert facts["torch_target"] == "2.10"
     assert "-O3" in facts["flags"] and facts["compiler"] and isinstance(facts["cuda"], bool)

@@ -1,0 +1,224 @@
+// Attention of a few queries to cached rows. Included by for_each_isa.h, once per instruction set.
+
+#include "cpu/exp.inl"
+#include "cpu/merge_states.inl"
+//
+#include "cpu/decode_products.inl"
+
+template <typename Value>
+using Packed = typename Dot<Value>::Packed;
+
+// Where the tokens [begin, begin + count) of a cache lie.
+template <typename Value>
+struct CacheBlock {
+  int64_t count;
+  int64_t offsets[kDecodeBlock];   // of each token, before that of the head
+  int64_t gathered[kDecodeBlock];  // of each token in a copy
+
+  EA_HOST_DEVICE CacheBlock(const CachedRows<Value>& cache, int64_t begin, int64_t count)
+      : count(count) {
+    int64_t block = begin / cache.page_size, row = begin % cache.page_size;
+    for (int64_t t = 0; t < count; ++block, row = 0) {
+      const int64_t page = cache.pages.data ? cache.pages.at(block) : cache.only_page;
+      for (; t < count && row < cache.page_size; ++t, ++row) {
+        offsets[t] = page * cache.page_step + row * cache.token_step;
+        gathered[t] = t * cache.dim;
+      }
+    }
+  }
+};
+
+// The rows of one head in a block: value d of token t is base[offsets[t] + d].
+template <typename Value>
+struct HeadRows {
+  const Value* base;
+  const int64_t* offsets;
+
+  EA_HOST_DEVICE HeadRows(
+      const CachedRows<Value>& cache, const CacheBlock<Value>& block, int64_t head, Value* copy)
+      : base(cache.data + head * cache.head_step), offsets(block.offsets) {
+    if (cache.dim_step == 1) return;
+    for (int64_t t = 0; t < block.count; ++t) {
+      for (int64_t d = 0; d < cache.dim; ++d) {
+        copy[t * cache.dim + d] = base[offsets[t] + d * cache.dim_step];
+      }
+    }
+    base = copy;
+    offsets = block.gathered;
+  }
+};
+
+template <typename Value>
+void pack_queries(const DecodePart<Value>& part) {
+  auto* packed = reinterpret_cast<Packed<Value>*>(part.packed_queries);
+  for (int64_t r = 0; r < part.rows; ++r, packed += part.query_step) {
+    for (int64_t d = 0; d < part.query_step; ++d) packed[d] = Packed<Value>{};
+    int64_t d = 0;
+    if constexpr (std::is_same_v<Packed<Value>, Value>) {
+      for (; d < part.key.dim; ++d) packed[d] = part.queries[r][d];
+    } else {
+      for (; d + lanes<float> <= part.key.dim; d += lanes<float>) {
+        store(packed + d, load(part.queries[r] + d));
+      }
+      if (d < part.key.dim) {
+        store(packed + d, load_some(part.queries[r] + d, part.key.dim - d));
+      }
+    }
+  }
+}
+
+// Scores of the rows [first, first + count), which read one key head.
+template <int kRows, typename Value>
+void score_rows(
+    const DecodePart<Value>& part, const HeadRows<Value>& keys, int64_t count, int64_t first) {
+  const auto* queries = reinterpret_cast<const Packed<Value>*>(part.packed_queries);
+  for (int64_t t = 0; t < count; t += 4) {
+    const Value* key[4];
+    // Past the last token, its own row stands in; what comes of that is masked.
+    for (int64_t i = 0; i < 4; ++i) {
+      key[i] = keys.base + keys.offsets[t + i < count ? t + i : count - 1];
+    }
+    score_tile<kRows, Value>(queries + first * part.query_step, part.query_step, key,
+                             part.key.dim, part.scores + first * kDecodeBlock + t, kDecodeBlock);
+  }
+}
+
+// The scores of one row become weights relative to the largest score so far, and `fade` is what
+// has to multiply the earlier ones. Only the tokens [from, to) of the block are seen.
+template <typename Value>
+void soften_row(const DecodePart<Value>& part, int64_t row, int64_t from, int64_t to) {
+  using Real = RealOf<Value>;
+  using Vec = VectorOf<Value>;
+  constexpr int step = lanes<Real>, count = kDecodeBlock / step;
+  Vec scores[count], position, top;
+  for (int i = 0; i < step; ++i) position[i] = Real(i);
+  for (int i = 0; i < step; ++i) top[i] = Real(-INFINITY);
+  const Vec nothing = top;
+  const Real cap = part.softcap, factor = cap > 0 ? part.scale / cap : part.scale;
+  for (int i = 0; i < count; ++i) {
+    scores[i] = load(part.scores + row * kDecodeBlock + i * step) * factor;
+    if (cap > 0) scores[i] = tanh_of(scores[i]) * cap;
+    const Vec at = position + Real(i * step);
+    scores[i] = ((at >= Real(from)) & (at < Real(to))) ? scores[i] : nothing;
+    top = scores[i] > top ? scores[i] : top;
+  }
+  const Real before = part.max[row], block_max = lane_max(top);
+  const Real max = block_max > before ? block_max : before;
+  // While nothing has been seen, any finite number in the place of the maximum gives zeros.
+  const Real shift = max == Real(-INFINITY) ? Real(0) : max;
+  auto* weights = reinterpret_cast<Packed<Value>*>(part.weights) + row * kDecodeBlock;
+  Vec sum = {};
+  for (int i = 0; i < count; ++i) {
+    scores[i] = exp_nonpositive(scores[i] - shift);
+    sum += scores[i];
+    store(weights + i * step, scores[i]);
+  }
+  Vec change = {};
+  change[0] = before - shift;
+  const Real fade = exp_nonpositive(change)[0];
+  part.max[row] = max;
+  part.fade[row] = fade;
+  part.sum[row] = part.sum[row] * fade + lane_sum(sum);
+}
+
+// Adds the values of one head to kRows of the rows that read it.
+template <int kRows, typename Value>
+void weigh_rows(
+    const DecodePart<Value>& part, const HeadRows<Value>& values, int64_t count,
+    const int32_t* rows) {
+  using Real = RealOf<Value>;
+  constexpr int wide = 4, narrow = Dot<Value>::step / lanes<Real>;
+  WeighedTile<Value> tile{values.base, values.offsets, count, {}, {}, {}};
+  for (int r = 0; r < kRows; ++r) {
+    tile.weights[r] = reinterpret_cast<Packed<Value>*>(part.weights) + rows[r] * kDecodeBlock;
+    tile.fade[r] = part.fade[rows[r]];
+    tile.weighted[r] = part.weighted + rows[r] * part.weighted_step;
+  }
+  for (int64_t rest = part.value.dim, columns; rest > 0; rest -= columns) {
+    columns = rest;
+    if (rest >= wide * lanes<Real>) {
+      weigh_tile<kRows, wide>(tile, columns = wide * lanes<Real>);
+    } else if (rest >= narrow * lanes<Real>) {
+      weigh_tile<kRows, narrow>(tile, columns = narrow * lanes<Real>);
+    } else {
+      weigh_tile<kRows, 0>(tile, columns);
+    }
+    tile.values += columns;
+    for (int r = 0; r < kRows; ++r) tile.weighted[r] += columns;
+  }
+}
+
+template <typename Value>
+void weigh_values(
+    const DecodePart<Value>& part, const HeadRows<Value>& values, int64_t count,
+    const int32_t* rows, int64_t num_rows) {
+  for (; num_rows >= 4; rows += 4, num_rows -= 4) weigh_rows<4>(part, values, count, rows);
+  if (num_rows == 3) weigh_rows<3>(part, values, count, rows);
+  if (num_rows == 2) weigh_rows<2>(part, values, count, rows);
+  if (num_rows == 1) weigh_rows<1>(part, values, count, rows);
+}
+
+template <typename Value>
+void score_keys(
+    const DecodePart<Value>& part, const HeadRows<Value>& keys, int64_t count, int64_t row,
+    int64_t num_rows) {
+  for (; num_rows >= 4; row += 4, num_rows -= 4) score_rows<4>(part, keys, count, row);
+  if (num_rows == 3) score_rows<3>(part, keys, count, row);
+  if (num_rows == 2) score_rows<2>(part, keys, count, row);
+  if (num_rows == 1) score_rows<1>(part, keys, count, row);
+}
+
+// out = weighted / sum; zeros where nothing was seen.
+template <typename Value, typename Out>
+void write_row(const DecodePart<Value>& part, int64_t row, Out* out) {
+  using Real = RealOf<Value>;
+  const Real* weighted = part.weighted + row * part.weighted_step;
+  const Real factor = part.sum[row] == 0 ? Real(0) : Real(1) / part.sum[row];
+  int64_t d = 0;
+  for (; d + lanes<Real> <= part.value.dim; d += lanes<Real>) {
+    store(out + d, load(weighted + d) * factor);
+  }
+  if (d < part.value.dim) {
+    store_some(out + d, load(weighted + d) * factor, part.value.dim - d);
+  }
+}
+
+template <typename Value>
+void decode_part(const DecodePart<Value>& part) {
+  using Real = RealOf<Value>;
+  pack_queries(part);
+  for (int64_t r = 0; r < part.rows; ++r) {
+    part.max[r] = Real(-INFINITY);
+    part.sum[r] = 0;
+    for (int64_t d = 0; d < part.weighted_step; ++d) part.weighted[r * part.weighted_step + d] = 0;
+  }
+  for (int64_t begin = part.begin; begin < part.end; begin += kDecodeBlock) {
+    const int64_t rest = part.end - begin, count = rest < kDecodeBlock ? rest : kDecodeBlock;
+    const CacheBlock<Value> keys(part.key, begin, count), values(part.value, begin, count);
+    for (int64_t k = 0; k < part.num_key_heads; ++k) {
+      const HeadReaders& readers = part.key_heads[k];
+      const HeadRows<Value> rows(part.key, keys, readers.head, part.gathered);
+      score_keys(part, rows, count, readers.first, readers.count);
+    }
+    for (int64_t r = 0; r < part.rows; ++r) {
+      const int64_t last = part.newest + r % part.tokens - begin;
+      int64_t from = part.window_left < 0 ? 0 : last - part.window_left, to = last + 1;
+      from = from < 0 ? 0 : from;
+      to = to > count ? count : to;
+      soften_row(part, r, from, to);
+    }
+    for (int64_t v = 0; v < part.num_value_heads; ++v) {
+      const HeadReaders& readers = part.value_heads[v];
+      const HeadRows<Value> rows(part.value, values, readers.head, part.gathered);
+      weigh_values(part, rows, count, part.value_rows + readers.first, readers.count);
+    }
+  }
+  for (int64_t r = 0; r < part.rows; ++r) {
+    *part.lses[r] = log_sum_exp(SoftmaxState<Real>{part.max[r], part.sum[r]});
+    if (part.partial) {
+      write_row(part, r, part.partial + r * part.value.dim);
+    } else {
+      write_row(part, r, part.outs[r]);
+    }
+  }
+}

@@ -1,0 +1,149 @@
+// The two products of attention on tiles of a few rows: scores = queries . keys, and
+// weighted = weights . values. Included by decode.inl.
+
+// Memory of any type in vectors: how wide they are, and how products of them are summed.
+template <typename Value>
+struct Dot {
+  using Packed = RealOf<Value>;  // What queries are stored as.
+  static constexpr int step = lanes<Packed>;
+  template <typename T>
+  static EA_HOST_DEVICE auto vector(const T* p) { return load(p); }
+  template <typename T>
+  static EA_HOST_DEVICE auto some(const T* p, int64_t count) { return load_some(p, count); }
+  template <typename Vec>
+  static EA_HOST_DEVICE Vec add_product(Vec sum, Vec a, Vec b) { return sum + a * b; }
+};
+
+#if EA_BF16_DOT
+template <>
+struct Dot<BFloat16> {
+  using Packed = BFloat16;
+  static constexpr int step = 32;
+  static EA_HOST_DEVICE __m512i vector(const BFloat16* p) { return _mm512_loadu_si512(p); }
+  static EA_HOST_DEVICE __m512i some(const BFloat16* p, int64_t count) {
+    return _mm512_maskz_loadu_epi16((1u << count) - 1, p);
+  }
+  static EA_HOST_DEVICE F32 add_product(F32 sum, __m512i a, __m512i b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+  }
+};
+#endif
+
+template <typename Value>
+using VectorOf = decltype(load(static_cast<const Value*>(nullptr)));
+
+// scores[r * score_step + t] = queries row r . key t, for kRows queries and 4 keys. Rows of queries are
+// padded with zeros to whole vectors.
+template <int kRows, typename Value>
+EA_HOST_DEVICE void score_tile(
+    const typename Dot<Value>::Packed* queries, int64_t query_step, const Value* const (&keys)[4],
+    int64_t dim, RealOf<Value>* scores, int64_t score_step) {
+  using D = Dot<Value>;
+  VectorOf<Value> sums[kRows][4] = {};
+  int64_t at = 0;
+  for (; at + D::step <= dim; at += D::step) {
+    const decltype(D::vector(keys[0])) key[4] = {
+        D::vector(keys[0] + at), D::vector(keys[1] + at), D::vector(keys[2] + at),
+        D::vector(keys[3] + at)};
+    for (int r = 0; r < kRows; ++r) {
+      const auto query = D::vector(queries + r * query_step + at);
+      for (int t = 0; t < 4; ++t) sums[r][t] = D::add_product(sums[r][t], query, key[t]);
+    }
+  }
+  if (at < dim) {
+    for (int t = 0; t < 4; ++t) {
+      const auto key = D::some(keys[t] + at, dim - at);
+      for (int r = 0; r < kRows; ++r) {
+        sums[r][t] = D::add_product(sums[r][t], D::vector(queries + r * query_step + at), key);
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) sum_lanes_of_4(sums[r], scores + r * score_step);
+}
+
+// A tile of `weighted`: rows[r] of it, from one column on.
+template <typename Value>
+struct WeighedTile {
+  using Real = RealOf<Value>;
+  const Value* values;       // the head, at the first column of the tile
+  const int64_t* offsets;    // of each token in it
+  int64_t tokens;
+  const typename Dot<Value>::Packed* weights[4];
+  Real fade[4];              // what is there already counts so much
+  Real* weighted[4];         // at the first column of the tile
+};
+
+// weighted[r][..] = fade[r] * weighted[r][..] + sum over t of weights[r][t] * values[t][..], for
+// kVectors vectors of columns; with kVectors = 0 for the first `columns` of a single one.
+template <int kRows, int kVectors, typename Value>
+EA_HOST_DEVICE void weigh_tile(const WeighedTile<Value>& tile, int64_t columns) {
+  using Real = RealOf<Value>;
+  constexpr int count = kVectors ? kVectors : 1;
+  VectorOf<Value> sums[kRows][count];
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < count; ++v) {
+      sums[r][v] = load(tile.weighted[r] + v * lanes<Real>) * tile.fade[r];
+    }
+  }
+  for (int64_t t = 0; t < tile.tokens; ++t) {
+    const Value* row = tile.values + tile.offsets[t];
+    for (int v = 0; v < count; ++v) {
+      const auto value = kVectors ? load(row + v * lanes<Real>) : load_some(row, columns);
+      for (int r = 0; r < kRows; ++r) sums[r][v] += value * tile.weights[r][t];
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < count; ++v) store(tile.weighted[r] + v * lanes<Real>, sums[r][v]);
+  }
+}
+
+#if EA_BF16_DOT
+// Here a product sums two tokens: their rows are interleaved, and two weights are broadcast.
+template <int kRows, int kVectors>
+EA_HOST_DEVICE void weigh_tile(const WeighedTile<BFloat16>& tile, int64_t columns) {
+  using D = Dot<BFloat16>;
+  constexpr int count = kVectors ? kVectors / 2 : 1;
+  F32 sums[kRows][count][2];
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < count; ++v) {
+      for (int half = 0; half < 2; ++half) {
+        sums[r][v][half] = load(tile.weighted[r] + 32 * v + 16 * half) * tile.fade[r];
+      }
+    }
+  }
+  __m512i low, high;
+  {
+    uint16_t index[2][32];
+    for (int i = 0; i < 32; ++i) {
+      index[0][i] = uint16_t(i / 2 + 32 * (i % 2));
+      index[1][i] = uint16_t(index[0][i] + 16);
+    }
+    low = _mm512_loadu_si512(index[0]);
+    high = _mm512_loadu_si512(index[1]);
+  }
+  for (int64_t t = 0; t < tile.tokens; t += 2) {
+    const BFloat16* row = tile.values + tile.offsets[t];
+    // The weight of what follows the last token is zero, and it is not read.
+    const BFloat16* next = t + 1 < tile.tokens ? tile.values + tile.offsets[t + 1] : row;
+    for (int v = 0; v < count; ++v) {
+      const auto a = kVectors ? D::vector(row + 32 * v) : D::some(row, columns);
+      const auto b = kVectors ? D::vector(next + 32 * v) : D::some(next, columns);
+      const __m512i pairs[2] = {_mm512_permutex2var_epi16(a, low, b),
+                                _mm512_permutex2var_epi16(a, high, b)};
+      for (int r = 0; r < kRows; ++r) {
+        int32_t two;
+        std::memcpy(&two, tile.weights[r] + t, sizeof(two));
+        for (int half = 0; half < 2; ++half) {
+          sums[r][v][half] =
+              D::add_product(sums[r][v][half], _mm512_set1_epi32(two), pairs[half]);
+        }
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < count; ++v) {
+      for (int half = 0; half < 2; ++half) store(tile.weighted[r] + 32 * v + 16 * half, sums[r][v][half]);
+    }
+  }
+}
+#endif
