@@ -1,4 +1,4 @@
-"""``python -m bench``: list, run, gpu, plot, compare."""
+"""``python -m bench``: list, run, generate, gpu, plot, compare, docs."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ from rich.table import Table
 from bench.ceilings import measure_ceilings
 from bench.compare import changes, differences_of_environment, print_changes
 from bench.environment import describe
+from bench.generate import llama, print_generation, time_generation
 from bench.gpu import RESULTS, run_everything
 from bench.measure import clock_for
+from bench.pages import filled
 from bench.plot import draw
 from bench.providers import PROVIDERS, Provider, reasons_against
 from bench.report import ResultsFile, print_summary, read_records
@@ -118,6 +120,29 @@ def run(
 
 
 @app.command()
+def generate(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    context: Annotated[
+        list[int] | None,
+        typer.Option(help="Cached tokens; may be repeated. Default: 8192, 32768 and 131072."),
+    ] = None,
+    layers: Annotated[int, typer.Option(help="Layers of the model.")] = 2,
+    tokens: Annotated[int, typer.Option(help="Tokens generated in each round.")] = 8,
+    out: Output = Path("bench-out/generate.jsonl"),
+) -> None:
+    """Time ``generate()`` of a random Llama at long context: decoding alone, torch against ours."""
+    if device == "cuda":
+        _need_cuda()
+    with ResultsFile(out) as results:
+        results.write({"kind": "environment", **describe(device)})
+        model = llama(layers, device)
+        for length in context or (8192, 32768, 131072):
+            time_generation(model, length, results.write, tokens=tokens)
+    print_generation(read_records(out), console)
+    console.print(f"records: {out}")
+
+
+@app.command()
 def gpu(
     out: Output = Path("bench-out/gpu"),
     minutes: Annotated[float, typer.Option(help="Time for everything together.")] = 9.0,
@@ -144,7 +169,7 @@ def plot(
     results: Annotated[Path, typer.Argument(help="A file that run or gpu wrote.", exists=True)],
     out: Output = Path("bench-out"),
 ) -> None:
-    """Draw ratio.png, time.png and memory.png."""
+    """Draw ratio.png, time.png, bandwidth.png and memory.png."""
     for path in draw(read_records(results), out):
         console.print(str(path))
 
@@ -162,6 +187,14 @@ def compare(
     print_changes(found, console)
     if any(change.verdict == "slower" for change in found):
         raise typer.Exit(1)
+
+
+@app.command()
+def docs(
+    page: Annotated[Path, typer.Argument(help="A page in Markdown.", exists=True)],
+) -> None:
+    """Make the tables of a page of the documentation anew from the results that it names."""
+    page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def _select(device: str, suite: list[str] | None, match: str, quick: bool) -> list[Workload]:

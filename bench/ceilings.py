@@ -8,6 +8,7 @@ from bench.measure import Clock
 from bench.workloads import DTYPES
 
 COPY_BYTES = {"cpu": 2**27, "cuda": 2**31}
+READ_BYTES = {"cpu": 2**28, "cuda": 2**31}
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 # Rows of 256 bytes are what gathering one bf16 head of width 128 reads.
 GATHER_ROW = 256
@@ -16,7 +17,7 @@ ROUNDS, CALLS = 3, 2
 
 
 def measure_ceilings(device: str, clock: Clock, dtypes: list[str]) -> dict:
-    """Copy bandwidth and matrix products, best of a few rounds, as a record.
+    """Copy and read bandwidth and matrix products, best of a few rounds, as a record.
 
     Args:
         device: ``"cpu"`` or ``"cuda"``.
@@ -24,11 +25,13 @@ def measure_ceilings(device: str, clock: Clock, dtypes: list[str]) -> dict:
         dtypes: Which matrix products to time.
 
     Returns:
-        ``copy_bytes_per_second`` (read plus write) and ``matmul_flops_per_second`` by dtype.
+        ``copy_bytes_per_second`` (read plus write), ``read_bytes_per_second`` and
+        ``matmul_flops_per_second`` by dtype.
     """
     return {
         "kind": "ceilings",
         "copy_bytes_per_second": _copy(device, clock),
+        "read_bytes_per_second": _read(device, clock),
         "matmul_flops_per_second": {dtype: _matmul(device, clock, dtype) for dtype in dtypes},
     }
 
@@ -37,6 +40,13 @@ def _copy(device: str, clock: Clock) -> float:
     source = torch.randn(COPY_BYTES[device] // 4, device=device)
     target = torch.empty_like(source)
     return 2 * COPY_BYTES[device] / _best(clock, lambda: target.copy_(source))
+
+
+def _read(device: str, clock: Clock) -> float:
+    """By what torch reads fastest with: which one that is depends on the machine."""
+    source = torch.ones(READ_BYTES[device] // 4, device=device)
+    readers = (source.sum, source.norm, source.view(torch.int32).amax)
+    return READ_BYTES[device] / min(_best(clock, reader) for reader in readers)
 
 
 def _matmul(device: str, clock: Clock, dtype: str) -> float:

@@ -30,7 +30,7 @@ TEST_COMMAND = (sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rf", "-p", 
 TEST_SECONDS, TEST_SHARE = 30.0, 0.4
 SECONDS_PER_PROVIDER = 0.3
 # A workload costs its set-up, and about this many calls at this rate over all providers.
-SETUP_SECONDS, CALLS, FLOPS_PER_SECOND = 6.0, 50, 3e14
+SETUP_SECONDS, CALLS, FLOPS_PER_SECOND, BYTES_PER_SECOND = 6.0, 50, 3e14, 5e11
 # Kept back for the figures.
 RESERVE_SECONDS = 10.0
 
@@ -85,7 +85,8 @@ def run_jobs(
 
 def estimate(workload: Workload) -> float:
     """Seconds that a workload is likely to take with all its providers."""
-    return SETUP_SECONDS + CALLS * workload.flops() / FLOPS_PER_SECOND
+    call = workload.flops() / FLOPS_PER_SECOND + workload.minimal_bytes() / BYTES_PER_SECOND
+    return SETUP_SECONDS + CALLS * call
 
 
 def run_everything(

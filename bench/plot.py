@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -26,15 +27,22 @@ COLORS = {
     "efficient": "#e08e45",
     "math": "#7d5ba6",
     "flex": "#b3a125",
+    "bmm": "#7d5ba6",
     "eager": THEIRS,
+    "read": "#000000",
 }
-LINES = {"gather": "--", "groups": ":"}
+LINES = {"gather": "--", "groups": ":", "packed": "-.", "read": ":"}
 
 
 def draw(records: list[dict], folder: Path) -> list[Path]:
-    """Write ``ratio.png``, ``time.png`` and ``memory.png``; a figure without data is left out."""
+    """Write ``ratio``, ``time``, ``bandwidth`` and ``memory.png``, except those without data."""
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {"ratio": _ratio_figure, "time": _time_figure, "memory": _memory_figure}
+    figures = {
+        "ratio": _ratio_figure,
+        "time": _time_figure,
+        "bandwidth": _bandwidth_figure,
+        "memory": _memory_figure,
+    }
     written = []
     for name, make in figures.items():
         figure = make(records)
@@ -94,16 +102,41 @@ def _memory_figure(records: list[dict]) -> plt.Figure | None:
 
 
 def _time_figure(records: list[dict]) -> plt.Figure | None:
-    families: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for record in _timed(records):
+    attention = [r for r in _timed(records) if not _reads_a_cache(r)]
+    milliseconds = _curves(attention, lambda record: record["seconds"]["median"] * 1e3)
+    return _curves_figure(milliseconds, "tokens", "milliseconds", _title(records))
+
+
+def _bandwidth_figure(records: list[dict]) -> plt.Figure | None:
+    cached = [r for r in _timed(records) if _reads_a_cache(r)]
+    bandwidth = _curves(cached, lambda record: record["bytes_per_second"] / 1e9)
+    label = "GB/s of the keys and values that some head reads"
+    return _curves_figure(bandwidth, "cached tokens", label, _title(records))
+
+
+def _reads_a_cache(record: dict) -> bool:
+    return record["workload"].get("op", "attention") != "attention"
+
+
+# Points of each provider, of each family of workloads.
+Curves = dict[str, dict[str, list[tuple[int, float]]]]
+
+
+def _curves(records: list[dict], value: Callable[[dict], float]) -> Curves:
+    """Families that were timed at more than one length."""
+    families: Curves = {}
+    for record in records:
         curves = families.setdefault(record["workload"]["family"], {})
-        point = (record["workload"]["num_keys"], record["seconds"]["median"] * 1e3)
+        point = (record["workload"]["num_keys"], value(record))
         curves.setdefault(record["provider"], []).append(point)
-    families = {
+    return {
         name: curves
         for name, curves in families.items()
         if len({length for points in curves.values() for length, _ in points}) > 1
     }
+
+
+def _curves_figure(families: Curves, x: str, y: str, title: str) -> plt.Figure | None:
     if not families:
         return None
     rows = math.ceil(len(families) / COLUMNS)
@@ -129,9 +162,9 @@ def _time_figure(records: list[dict]) -> plt.Figure | None:
         _log_axes(axes, sorted({length for points in curves.values() for length, _ in points}))
         axes.set_title(family, fontsize=8, loc="left")
         axes.legend(fontsize=6, frameon=False)
-    figure.supxlabel("tokens", fontsize=9)
-    figure.supylabel("milliseconds", fontsize=9)
-    figure.suptitle(_title(records), fontsize=10)
+    figure.supxlabel(x, fontsize=9)
+    figure.supylabel(y, fontsize=9)
+    figure.suptitle(title, fontsize=10)
     return figure
 
 

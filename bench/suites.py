@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bench.workloads import Workload, length_label
+from bench.cache_suites import CACHE_SUITES
+from bench.workloads import SHORT_DTYPES, Workload, length_label
 
 # Three unequal groups and a lone head, as key-driven grouping produces them.
 UNEVEN_16 = (7, 5, 3, 1)
 UNEVEN_32 = (1, 2, 3, 3, 4, 5, 6, 8)
-
-SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def _sized(
@@ -164,6 +163,7 @@ def _maps_cuda() -> list[Workload]:
 SUITES: dict[str, list[Workload]] = {
     "prefill": [*_prefill_cpu(), *_prefill_cuda()],
     "maps": [*_maps_cpu(), *_maps_cuda()],
+    **CACHE_SUITES,
 }
 
 

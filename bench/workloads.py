@@ -11,14 +11,19 @@ from torch import Tensor
 
 import efficient_attn as ea
 
+Op = Literal["attention", "decode", "mla_decode"]
 Mode = Literal["forward", "forward_backward"]
 Window = tuple[int | None, int | None]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 class Inputs(NamedTuple):
-    """The tensors of one call, ``(batch, heads, tokens, dim)``."""
+    """The tensors of one call, ``(batch, heads, tokens, dim)``.
+
+    For ``"mla_decode"`` the value is a view of the first columns of the one key head.
+    """
 
     query: Tensor
     key: Tensor
@@ -33,11 +38,16 @@ class Workload:
         name: Unique; ``family-length`` by convention.
         suite: The suite it belongs to.
         device: The kind of device its size is meant for, ``"cpu"`` or ``"cuda"``.
+        op: The function of the package that is called. For the two that attend to a cache, keys and
+            values are the cache, and the queries are its newest tokens.
         q_to_k: Key head of each query head; ``None`` means even contiguous groups.
         q_to_v: The same for value heads.
         window: Keys visible on the left and right of the lower-right diagonal, as in the package.
         layout: How the inputs are stored. ``"tokens"`` is what a projection produces,
-            ``(batch, tokens, heads, dim)`` seen through a transpose; ``"heads"`` is contiguous.
+            ``(batch, tokens, heads, dim)`` seen through a transpose; ``"heads"`` is contiguous, as
+            caches are.
+        replayed: On CUDA, the call is captured in a graph and replayed, as engines do: the time of
+            launching is left out.
         rank: Order of value on a device whose time is limited; 0 is a headline.
         quick: Whether it belongs to the run that takes less than a minute.
     """
@@ -45,6 +55,7 @@ class Workload:
     name: str
     suite: str
     device: Literal["cpu", "cuda"]
+    op: Op = "attention"
     batch: int = 1
     q_heads: int
     k_heads: int
@@ -60,6 +71,7 @@ class Workload:
     dtype: str = "float32"
     mode: Mode = "forward"
     layout: Literal["tokens", "heads"] = "tokens"
+    replayed: bool = False
     rank: int = 1
     quick: bool = False
 
@@ -79,6 +91,19 @@ class Workload:
     @property
     def needs_gradients(self) -> bool:
         return self.mode == "forward_backward"
+
+    @property
+    def reads_a_cache(self) -> bool:
+        return self.op != "attention"
+
+    @property
+    def is_latent(self) -> bool:
+        return self.op == "mla_decode"
+
+    @property
+    def has_own_heads(self) -> bool:
+        """Whether every query head has a key head and a value head to itself."""
+        return self.q_heads == self.k_heads == self.v_heads and self.has_even_groups
 
     @property
     def has_even_groups(self) -> bool:
@@ -139,10 +164,20 @@ class Workload:
         """Bytes that must cross the memory bus when everything else stays on the chip.
 
         Forward reads Q, K, V and writes O; backward reads Q, K, V, O, dO and writes dQ, dK, dV.
+        Where a cache is read, that alone counts.
         """
+        if self.reads_a_cache:
+            return self.cache_bytes()
         moved = self._input_elements() + self._output_elements()
         passes = 3 if self.needs_gradients else 1
         return passes * moved * self.torch_dtype.itemsize
+
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values in the heads that some query head reads, each counted once."""
+        row = len(set(self.key_index())) * self.d_qk
+        if not self.is_latent:
+            row += len(set(self.value_index())) * self.d_v
+        return self.batch * self.num_keys * row * self.torch_dtype.itemsize
 
     def result_bytes(self) -> int:
         """Bytes of what a call returns: the output, and the gradients of the inputs."""
@@ -152,6 +187,11 @@ class Workload:
     def expanded_key_bytes(self) -> int:
         """Bytes of K written out once per query head, the buffer that a head map avoids."""
         elements = self.batch * self.q_heads * self.num_keys * self.d_qk
+        return elements * self.torch_dtype.itemsize
+
+    def copied_bytes(self) -> int:
+        """Bytes of K and V written out once per query head."""
+        elements = self.batch * self.q_heads * self.num_keys * (self.d_qk + self.d_v)
         return elements * self.torch_dtype.itemsize
 
     def score_bytes(self) -> int:
@@ -170,13 +210,12 @@ class Workload:
     def make_inputs(self, device: str, seed: int = 0) -> Inputs:
         """Standard normal inputs. Never zeros: hardware is faster on them."""
         generator = torch.Generator(device).manual_seed(seed)
-        sizes = (
-            (self.q_heads, self.num_queries, self.d_qk),
-            (self.k_heads, self.num_keys, self.d_qk),
-            (self.v_heads, self.num_keys, self.d_v),
-        )
-        tensors = (self._normal(*size, generator) for size in sizes)
-        return Inputs(*(x.requires_grad_(self.needs_gradients) for x in tensors))
+        query = self._normal(self.q_heads, self.num_queries, self.d_qk, generator)
+        key = self._normal(self.k_heads, self.num_keys, self.d_qk, generator)
+        if self.is_latent:
+            return Inputs(query, key, key[..., : self.d_v])
+        value = self._normal(self.v_heads, self.num_keys, self.d_v, generator)
+        return Inputs(*(x.requires_grad_(self.needs_gradients) for x in (query, key, value)))
 
     def make_grad_out(self, generator: torch.Generator) -> Tensor:
         """A gradient of the output, on the generator's device."""

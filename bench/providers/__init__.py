@@ -10,14 +10,17 @@ from __future__ import annotations
 from bench.providers.eager import Eager
 from bench.providers.flex import Flex
 from bench.providers.ours import Ours
+from bench.providers.packed import every_packed
 from bench.providers.protocol import Call, Provider, Side
+from bench.providers.read import Read
 from bench.providers.sdpa import every_sdpa
 from bench.workloads import Workload
 
 __all__ = ["PROVIDERS", "Call", "Provider", "Side", "reasons_against"]
 
 PROVIDERS: dict[str, Provider] = {
-    provider.name: provider for provider in (Ours(), *every_sdpa(), Flex(), Eager())
+    provider.name: provider
+    for provider in (Ours(), *every_sdpa(), *every_packed(), Flex(), Eager(), Read())
 }
 
 

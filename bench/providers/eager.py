@@ -22,6 +22,8 @@ class Eager:
         return []
 
     def supports(self, workload: Workload) -> list[str]:
+        if workload.reads_a_cache:
+            return ["bmm-packed is the same without copies of the heads"]
         # The slowest of all, and compared with nothing: at the shortest lengths it says enough.
         return too_many_scores(workload, share=0.25)
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, Protocol
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench.workloads import Inputs, Workload
 
 Call = Callable[[], Tensor]
-# "ours" is compared with the fastest "torch"; a "yardstick" is shown and never compared with.
-Side = Literal["ours", "torch", "yardstick"]
+# "ours" is compared with the fastest "torch"; a "yardstick" is shown and never compared with. A
+# "ceiling" computes something else, which takes the least time that the call could take.
+Side = Literal["ours", "torch", "yardstick", "ceiling"]
 
 GIB = 2**30
 MAX_SCORE_BYTES = {"cpu": GIB // 4, "cuda": 4 * GIB}
+MAX_COPIED_BYTES = {"cpu": GIB // 2, "cuda": 16 * GIB}
 
 
 class Provider(Protocol):
@@ -46,3 +49,22 @@ def too_many_scores(workload: Workload, share: float = 1.0) -> list[str]:
     if workload.score_bytes() <= share * MAX_SCORE_BYTES[workload.device]:
         return []
     return [f"it would write {workload.score_bytes() / GIB:.1f} GiB of scores"]
+
+
+def too_many_copies(workload: Workload) -> list[str]:
+    """A reason against a provider that copies cached heads to every query head that reads them."""
+    copied = workload.copied_bytes()
+    if not workload.reads_a_cache or copied <= MAX_COPIED_BYTES[workload.device]:
+        return []
+    return [f"it would copy keys and values to {copied / GIB:.1f} GiB"]
+
+
+def equally_wide(
+    workload: Workload, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pad with zeros to one width. A latent row as a whole stands in for its value: no copy."""
+    if workload.is_latent:
+        return query, key, key
+    width = max(workload.d_qk, workload.d_v)
+    query, key, value = (F.pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
+    return query, key, value

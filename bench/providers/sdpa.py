@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.providers.protocol import Call, Side, too_many_scores
+from bench.providers.protocol import Call, Side, equally_wide, too_many_copies, too_many_scores
 from bench.workloads import Inputs, Workload
 
 BACKENDS = {
@@ -53,21 +53,24 @@ class Sdpa:
 
     def supports(self, workload: Workload) -> list[str]:
         reasons = []
-        own_heads = (
-            workload.q_heads == workload.k_heads == workload.v_heads and workload.has_even_groups
-        )
-        if self.sharing == "none" and not own_heads:
+        if self.sharing == "none" and not workload.has_own_heads:
             reasons.append("heads are shared")
-        if self.sharing != "none" and own_heads:
+        if self.sharing != "none" and workload.has_own_heads:
             reasons.append("no heads are shared")
         if self.sharing == "gqa" and not workload.has_even_groups:
             reasons.append("enable_gqa takes even contiguous groups only")
         if self.sharing == "groups" and workload.has_even_groups:
             reasons.append("even groups need no splitting")
+        if self.sharing == "groups" and workload.reads_a_cache:
+            reasons.append("packed, one call per group is faster")
+        if self.sharing == "gather":
+            reasons += too_many_copies(workload)
         if self.pad and workload.d_qk == workload.d_v:
             reasons.append("keys and values are equally wide")
         if self.backend == "math":
             reasons += too_many_scores(workload)
+            if self.sharing == "gqa":
+                reasons += too_many_copies(workload)
             if self.sharing == "gather" and workload.has_even_groups:
                 reasons.append("with enable_gqa it copies the heads by itself")
         return reasons
@@ -77,10 +80,11 @@ class Sdpa:
         is_causal, mask = _causal_or_mask(workload, device)
         key_index = torch.tensor(workload.key_index(), device=device)
         value_index = torch.tensor(workload.value_index(), device=device)
-        groups = _groups(workload, device)
+        groups = query_heads_by_pair(workload, device)
 
         def sdpa(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool = False) -> Tensor:
-            query, key, value = self._padded(query, key, value)
+            if self.pad:
+                query, key, value = equally_wide(workload, query, key, value)
             out = F.scaled_dot_product_attention(
                 query,
                 key,
@@ -107,21 +111,17 @@ class Sdpa:
 
         return call
 
-    def _padded(self, *tensors: Tensor) -> list[Tensor]:
-        if not self.pad:
-            return list(tensors)
-        width = max(x.shape[-1] for x in tensors)
-        return [F.pad(x, (0, width - x.shape[-1])) for x in tensors]
-
 
 @dataclass(frozen=True)
-class _Groups:
+class Groups:
+    """The query heads of each pair of key and value head, and how to put the outputs in order."""
+
     members: list[tuple[Tensor | slice, int, int]]
     order: Tensor | slice
 
 
-def _groups(workload: Workload, device: torch.device) -> _Groups:
-    """The query heads of each pair of key and value head, and how to put the outputs in order."""
+def query_heads_by_pair(workload: Workload, device: torch.device) -> Groups:
+    """Who reads what; contiguous groups as slices, which are views."""
     by_pair: dict[tuple[int, int], list[int]] = {}
     pairs = zip(workload.key_index(), workload.value_index(), strict=True)
     for head, pair in enumerate(pairs):
@@ -129,11 +129,9 @@ def _groups(workload: Workload, device: torch.device) -> _Groups:
     order = [head for heads in by_pair.values() for head in heads]
     if order == list(range(workload.q_heads)):
         # Contiguous groups are views; others have to be copied out and back.
-        return _Groups(
-            [(slice(h[0], h[-1] + 1), *pair) for pair, h in by_pair.items()], slice(None)
-        )
+        return Groups([(slice(h[0], h[-1] + 1), *pair) for pair, h in by_pair.items()], slice(None))
     members = [(torch.tensor(h, device=device), *pair) for pair, h in by_pair.items()]
-    return _Groups(members, torch.tensor(order, device=device).argsort())
+    return Groups(members, torch.tensor(order, device=device).argsort())
 
 
 def _causal_or_mask(workload: Workload, device: torch.device) -> tuple[bool, Tensor | None]:

@@ -3,11 +3,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bench import runner
 from bench.check import formula, judge, largest_error, prepare
 from bench.measure import CpuClock
 from bench.providers import PROVIDERS, reasons_against
 from bench.runner import make_step, run_workload
-from tests.bench.toys import ALL, BOTH, FULL, GQA, Stand
+from tests.bench.toys import ALL, BOTH, CACHE, CACHED, FULL, GQA, Stand
 
 
 def verdict_of(workload, provider):
@@ -28,6 +29,36 @@ def test_every_provider_that_can_run_passes(workload):
     assert status["eager"] == status["efficient_attn"] == "timed"
     timed_by_torch = [r for r in records if r["side"] == "torch" and r["status"] == "timed"]
     assert timed_by_torch, "without a torch provider there is no ratio"
+
+
+@pytest.mark.parametrize("workload", CACHED, ids=lambda workload: workload.name)
+def test_every_provider_of_a_cache_passes(workload, monkeypatch):
+    monkeypatch.setattr(runner, "COLD_BYTES", 2 * workload.cache_bytes())
+    records = []
+    run_workload(workload, list(PROVIDERS.values()), "cpu", CpuClock(), records.append, seconds=0.0)
+    status = {record["provider"]: record["status"] for record in records}
+    excluded = {n for n, p in PROVIDERS.items() if reasons_against(p, workload, "cpu")}
+    assert set(status) == set(PROVIDERS) - excluded
+    assert set(status.values()) <= {"timed", "refused"}, records
+    assert {status[name] for name in ("efficient_attn", "bmm-packed", "read")} == {"timed"}
+    assert {r["provider"] for r in records if r["side"] == "ceiling"} == {"read"}
+    assert any(n.startswith("sdpa-flash") and s == "timed" for n, s in status.items())
+
+
+def test_a_cache_is_timed_cold(monkeypatch):
+    """Copies of the inputs take turns, so that none is still in the processor when it comes."""
+    monkeypatch.setattr(runner, "COLD_BYTES", 3 * CACHE.cache_bytes())
+    built = []
+
+    class Watched(Stand):
+        def build(self, workload, inputs):
+            built.append(inputs)
+            return super().build(workload, inputs)
+
+    run_workload(CACHE, [Watched("w", inner="bmm-packed")], "cpu", CpuClock(), list, seconds=0.0)
+    assert len({inputs.key.data_ptr() for inputs in built}) == 3
+    assert all(torch.equal(inputs.key, built[0].key) for inputs in built)
+    assert runner.copies_wanted(CACHE, "cuda") == runner.copies_wanted(GQA, "cpu") == 1
 
 
 @pytest.mark.parametrize("fault", ["last row", "nan", "shape", "half gradient"])

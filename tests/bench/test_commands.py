@@ -16,6 +16,7 @@ def toy_suite(monkeypatch):
     monkeypatch.setitem(SUITES, "toy", [GQA, UNEVEN])
     monkeypatch.setitem(bench.ceilings.MATMUL_SIZE, "cpu", 64)
     monkeypatch.setitem(bench.ceilings.COPY_BYTES, "cpu", 2**16)
+    monkeypatch.setitem(bench.ceilings.READ_BYTES, "cpu", 2**16)
 
 
 def invoke(*arguments, exit_code=0):
@@ -25,7 +26,7 @@ def invoke(*arguments, exit_code=0):
 
 
 def test_help_explains_every_command_and_option():
-    for name in ("list", "run", "gpu", "plot", "compare"):
+    for name in ("list", "run", "generate", "gpu", "plot", "compare", "docs"):
         assert name in invoke("--help")
         invoke(name, "--help")
     for command in commands.app.registered_commands:
@@ -46,7 +47,7 @@ def test_run_plot_compare(toy_suite, tmp_path):
     records = read_records(results)
     assert [record["kind"] for record in records[:2]] == ["environment", "ceilings"]
     ceilings = records[1]
-    assert ceilings["copy_bytes_per_second"] > 0
+    assert ceilings["copy_bytes_per_second"] > 0 and ceilings["read_bytes_per_second"] > 0
     assert ceilings["matmul_flops_per_second"]["float32"] > 0
     timed = {(r["workload"]["name"], r["provider"]) for r in records if r.get("seconds")}
     assert {(GQA.name, "efficient_attn"), (UNEVEN.name, "sdpa-flash-gather")} <= timed

@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -8,10 +9,17 @@ from bench.compare import changes, differences_of_environment
 from bench.environment import describe, without_paths
 from bench.measure import CpuClock
 from bench.plot import draw
-from bench.report import NOT_MEASURED, ResultsFile, print_summary, ratios, read_records
+from bench.report import (
+    NOT_MEASURED,
+    ResultsFile,
+    print_summary,
+    ratios,
+    read_records,
+    share_of_peak,
+)
 from bench.runner import run_workload
 from bench.workloads import Workload
-from tests.bench.toys import GQA, UNEVEN, Stand
+from tests.bench.toys import CACHE, GQA, SEVERAL, UNEVEN, Stand
 
 
 def result(workload: Workload, provider: str, side: str, seconds: float, spread: float = 0.01):
@@ -140,3 +148,23 @@ def test_another_machine_is_told():
     after[0]["device"] = "another"
     assert differences_of_environment(before, before) == []
     assert "another" in differences_of_environment(before, after)[0]
+
+
+def test_a_cache_is_held_against_reading_it():
+    ours = result(CACHE, "efficient_attn", "ours", 2.0)
+    copying = {"kind": "ceilings", "copy_bytes_per_second": 4 * ours["bytes_per_second"]}
+    assert share_of_peak(ours, [copying, ours]) == 0.25
+    read = result(CACHE, "read", "ceiling", 1.0)
+    other = result(SEVERAL, "read", "ceiling", 0.1)
+    assert share_of_peak(ours, [copying, other, ours, read]) == 0.5
+    assert share_of_peak(ours, [ours]) is None
+
+
+def test_bandwidth_is_drawn_over_the_length_of_the_cache(tmp_path):
+    longer = replace(CACHE, name="toy-cache-66", num_keys=66)
+    records = [
+        result(workload, name, side, seconds)
+        for workload in (CACHE, longer)
+        for name, side, seconds in (("efficient_attn", "ours", 1.0), ("read", "ceiling", 0.5))
+    ]
+    assert [path.name for path in draw(records, tmp_path)] == ["bandwidth.png"]

@@ -34,6 +34,24 @@ FULL = replace(BOTH, name="toy-full-33", causal=False)
 HALF = replace(BOTH, name="toy-half-33", dtype="bfloat16", layout="heads")
 ALL = (GQA, BOTH, MHA, UNEVEN, PERMUTED, DIFF, WINDOW, RECTANGLE, FULL, HALF)
 
+CACHE = replace(GQA, name="toy-cache-33", op="decode", num_queries=1, layout="heads")
+SEVERAL = replace(CACHE, name="toy-several-33", num_queries=3)
+OWN_HEADS = replace(CACHE, name="toy-own-33", k_heads=4, v_heads=4)
+UNEQUAL = replace(SEVERAL, name="toy-unequal-33", q_heads=8, k_heads=2, v_heads=4)
+MORE_KEYS = replace(UNEQUAL, name="toy-more-keys-33", k_heads=4, v_heads=2)
+# Key and value head 1 are read by nobody.
+EMPTY_GROUP = replace(
+    SEVERAL,
+    name="toy-empty-33",
+    k_heads=3,
+    v_heads=3,
+    q_to_k=(0, 2, 2, 2),
+    q_to_v=(0, 2, 2, 2),
+)
+LATENT = replace(CACHE, name="toy-latent-33", op="mla_decode", k_heads=1, v_heads=1, d_qk=12, d_v=8)
+HALF_CACHE = replace(CACHE, name="toy-half-cache-33", dtype="bfloat16")
+CACHED = (CACHE, SEVERAL, OWN_HEADS, UNEQUAL, MORE_KEYS, EMPTY_GROUP, LATENT, HALF_CACHE)
+
 
 @dataclass(frozen=True)
 class Stand:
