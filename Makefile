@@ -21,7 +21,8 @@ help:
 	@echo "make lint           ruff and the import contracts"
 	@echo "make native         build csrc/"
 	@echo "make bench          the benchmark of this machine"
-	@echo "make compile-check  compile every Triton kernel offline, with two Triton versions"
+	@echo "make compile-check  compile the Triton kernels offline, with two Triton versions"
+	@echo "                    (ARGS=--all for every combination: half an hour with each)"
 	@echo "make clean          remove what was built; .venv stays"
 
 demo: $(NATIVE)
@@ -42,8 +43,8 @@ bench: $(NATIVE)
 	$(BIN)/python -m bench run $(ARGS)
 
 compile-check: $(INSTALLED) $(OLD_INSTALLED)
-	$(BIN)/python -m efficient_attn.kernels.triton.compile_check --all
-	.venv-triton36/bin/python -m efficient_attn.kernels.triton.compile_check --all
+	$(BIN)/python -m efficient_attn.kernels.triton.compile_check $(ARGS)
+	.venv-triton36/bin/python -m efficient_attn.kernels.triton.compile_check $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info efficient_attn/*.so .pytest_cache .ruff_cache .hypothesis
