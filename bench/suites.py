@@ -99,8 +99,8 @@ def _prefill_cpu() -> list[Workload]:
         *_sized("gqa16-4", gqa, 1024, 2048, **both),
         *_sized("gqa8-2", wide, 1024, 4096),
         *_sized("gqa8-2", wide, 2048, **both),
-        *_sized("gqa16-4", half, 1024, 2048),
-        *_sized("gqa16-4", half, 1024, **both),
+        *_sized("gqa16-4", half, 1024, 2048, 4096, 8192),
+        *_sized("gqa16-4", half, 1024, 2048, **both),
     ]
 
 
