@@ -16,7 +16,7 @@ def forward(
     """The ``attention`` op."""
     arguments = (query, key, value, q_to_k, q_to_v, bias, key_lengths, window_left, window_right)
     if query.numel() == 0 or key.shape[2] == 0:
-        return flash_cpu.blind(query, value)
+        return flash_cpu.blind(query, value.shape[-1])
     if query.device.type == "cpu" and not flash_cpu.refusals(softcap, None, False):
         return flash_cpu.forward(*arguments, scale)
     return blocked.forward(*arguments, scale, softcap)

@@ -19,6 +19,10 @@ from efficient_attn.masking import visible
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
+# From this many keys on, shared heads are laid out one after the other: reading them over and over
+# costs more than one copy of what is there.
+_LONG = 4096
+
 
 def refusals(softcap: float, grad_lse: Tensor | None, needs_bias_grad: bool) -> list[str]:
     """Why torch's op cannot compute this call; empty if it can."""
@@ -38,21 +42,25 @@ def forward(
     """The ``attention`` op without softcap."""
     batch, num_heads, nq, _ = query.shape
     shape = (batch, num_heads, nq, value.shape[-1])
+    key, value = _easy_to_read(query, key, value)
     read = (query, key, value, q_to_k, q_to_v, key_lengths)
     out = lse = None
     for problem in problems(*read, _groups_natively()):
         q, k, v, mask = _select(problem, query, key, value, bias)
         for together in pieces(nq, problem.length, left, right):
-            results = [_call(piece, q, k, v, mask, left, right, scale) for piece in together]
+            results = [
+                _call(piece, q, k, v, mask, shape[-1], left, right, scale) for piece in together
+            ]
             block_out, block_lse = functools.reduce(_merge, results)
             if block_out.shape == shape:
                 return _tokens_major(block_out.to(query.dtype)), block_lse.contiguous()
             if out is None:
-                out, lse = blind(query, value)
+                room = _room if _every_row_is_reached(query, key, key_lengths, right) else blind
+                out, lse = room(query, shape[-1])
             rows = together[0].rows
             out[problem.samples, problem.q_heads, rows] = block_out.to(out.dtype)
             lse[problem.samples, problem.q_heads, rows] = block_lse
-    return blind(query, value) if out is None else (out, lse)
+    return (out, lse) if out is not None else blind(query, shape[-1])
 
 
 def backward(
@@ -63,10 +71,13 @@ def backward(
     Given the final output and log-sum-exp, the backward of each piece is exact on its own.
     """
     dtypes = [x.dtype for x in (query, key, value)]
+    shapes = [x.shape for x in (query, key, value)]
     lse = lse.masked_fill(lse == -torch.inf, 0.0)
     if not _multiplies_natively(query.dtype):
         query, key, value, out, grad_out = (x.float() for x in (query, key, value, out, grad_out))
+    key, value = _easy_to_read(query, key, value)
     read = (query, key, value, q_to_k, q_to_v, key_lengths)
+    widths = [shape[-1] for shape in shapes]
     totals: list[Tensor] | None = None
     for problem in problems(*read, _groups_natively() and _occupies_threads(key)):
         q, k, v, mask = _select(problem, query, key, value, bias)
@@ -75,26 +86,35 @@ def backward(
             rows = together[0].rows
             result = (x[samples, problem.q_heads, rows] for x in (grad_out, out, lse))
             block_grad, block_out, block_lse = result
-            for piece in together:
+            for number, piece in enumerate(together):
                 columns = piece.columns
                 grads = _call_backward(
                     piece, block_grad, q, k, v, mask, block_out, block_lse, left, right, scale
                 )
-                if all(g.shape == x.shape for g, x in zip(grads, (query, key, value), strict=True)):
+                grads = [grad[..., :width] for grad, width in zip(grads, widths, strict=True)]
+                if [grad.shape for grad in grads] == shapes:
                     return _finished(grads, dtypes)
                 if totals is None:
-                    totals = [_zeros(x) for x in (query, key, value)]
-                totals[0][samples, problem.q_heads, rows] += grads[0]
+                    totals = [_zeros(shape, query) for shape in shapes]
+                grad_query = totals[0][samples, problem.q_heads, rows]
+                grad_query.add_(grads[0]) if number else grad_query.copy_(grads[0])
                 _add_heads(totals[1][samples, :, columns], problem.k_heads, grads[1])
                 _add_heads(totals[2][samples, :, columns], problem.v_heads, grads[2])
     if totals is None:
-        totals = [_zeros(x) for x in (query, key, value)]
+        totals = [_zeros(shape, query) for shape in shapes]
     return _finished(totals, dtypes)
 
 
-def _call(piece: Piece, q, k, v, mask, left, right, scale) -> tuple[Tensor, Tensor]:
+def _easy_to_read(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    """Keys and values as wide as the op wants them, before any is copied to several query heads."""
+    width = max(key.shape[-1], value.shape[-1])
+    padded = (pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (key, value))
+    long = key.shape[2] >= _LONG
+    return [x.contiguous() if long and x.shape[1] < query.shape[1] else x for x in padded]
+
+
+def _call(piece: Piece, q, k, v, mask, width, left, right, scale) -> tuple[Tensor, Tensor]:
     q, k, v, mask = _cut(piece, q, k, v, mask, left, right)
-    width = v.shape[-1]
     q, k, v = _equal_widths(q, k, v)
     out, lse = _flash(q, k, v, 0.0, piece.causal, attn_mask=mask, scale=scale)
     if mask is not None:
@@ -105,12 +125,10 @@ def _call(piece: Piece, q, k, v, mask, left, right, scale) -> tuple[Tensor, Tens
 
 def _call_backward(piece: Piece, grad_out, q, k, v, mask, out, lse, left, right, scale):
     q, k, v, mask = _cut(piece, q, k, v, mask, left, right)
-    widths = (q.shape[-1], k.shape[-1], v.shape[-1])
     grad_out, q, k, v, out = _equal_widths(grad_out, q, k, v, out)
-    grads = _flash_backward(
+    return _flash_backward(
         grad_out, q, k, v, out, lse, 0.0, piece.causal, attn_mask=mask, scale=scale
     )
-    return [grad[..., :width] for grad, width in zip(grads, widths, strict=True)]
 
 
 def _select(problem: Problem, query, key, value, bias):
@@ -210,12 +228,25 @@ def _groups_natively() -> bool:
     return bool((out == 1).all())
 
 
-def blind(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """The result where no query sees any key, to be filled in."""
+def _every_row_is_reached(
+    query: Tensor, key: Tensor, key_lengths: Tensor | None, right: int | None
+) -> bool:
+    """Whether the pieces together leave no row of the result out."""
+    return key_lengths is None and (right is None or key.shape[2] + right >= query.shape[2])
+
+
+def _room(query: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Memory for the result, uninitialized."""
     batch, num_heads, nq, _ = query.shape
-    out = query.new_zeros(batch, nq, num_heads, value.shape[-1]).transpose(1, 2)
+    out = query.new_empty(batch, nq, num_heads, width).transpose(1, 2)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return out, query.new_full((batch, num_heads, nq), -torch.inf, dtype=dtype)
+    return out, query.new_empty(batch, num_heads, nq, dtype=dtype)
+
+
+def blind(query: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The result where no query sees any key; values are ``width`` wide."""
+    out, lse = _room(query, width)
+    return out.zero_(), lse.fill_(-torch.inf)
 
 
 @functools.cache
@@ -238,10 +269,10 @@ def _occupies_threads(key: Tensor) -> bool:
     return tasks % threads == 0 or tasks >= 4 * threads
 
 
-def _zeros(x: Tensor) -> Tensor:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    batch, heads, tokens, dim = x.shape
-    return x.new_zeros(batch, tokens, heads, dim, dtype=dtype).transpose(1, 2)
+def _zeros(shape: torch.Size, like: Tensor) -> Tensor:
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    batch, heads, tokens, dim = shape
+    return like.new_zeros(batch, tokens, heads, dim, dtype=dtype).transpose(1, 2)
 
 
 def _finished(grads: list[Tensor], dtypes: list[torch.dtype]) -> tuple[Tensor, ...]:
