@@ -2,6 +2,14 @@
 
 from efficient_attn.reference.attention import attention, attention_varlen
 from efficient_attn.reference.decode import attention_decode, mla_decode
+from efficient_attn.reference.hyper import hyper_attention
 from efficient_attn.reference.merge import merge_states
 
-__all__ = ["attention", "attention_decode", "attention_varlen", "merge_states", "mla_decode"]
+__all__ = [
+    "attention",
+    "attention_decode",
+    "attention_varlen",
+    "hyper_attention",
+    "merge_states",
+    "mla_decode",
+]
