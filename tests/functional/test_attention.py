@@ -92,6 +92,11 @@ def test_any_mix_of_options(call):
     check(inputs, options, through_lse=through_lse)
 
 
+def test_a_bias_in_fp32_beside_inputs_in_fp64():
+    inputs = qkv(HeadMap.mha(2), lengths=(16, 16), dtype=torch.float64, requires_grad=True)
+    check(inputs, {"bias": torch.randn(1, 1, 1, 16)})
+
+
 @pytest.mark.parametrize("layout", ["tokens", "heads", "strided", "broadcast"])
 def test_any_strides_of_every_tensor(layout):
     inputs = qkv(MAPS["gqa"], lengths=(5, 5), dtype=torch.float64, layout=layout)

@@ -138,7 +138,10 @@ def _select(problem: Problem, query, key, value, bias):
         bias = bias if bias.shape[0] == 1 else bias[samples]
         bias = bias if bias.shape[1] == 1 else bias[:, q_heads]
         bias = bias.expand(*bias.shape[:-1], key.shape[2])[..., :length]
-        if bias.dtype not in (query.dtype, torch.float32):
+        # The op takes masks in its own dtype and in fp32, but beside fp64 it misreads fp32.
+        if query.dtype == torch.float64:
+            bias = bias.double()
+        elif bias.dtype not in (query.dtype, torch.float32):
             bias = bias.float()
     return (
         query[samples, q_heads],
