@@ -2,15 +2,20 @@
 
 from typing import TYPE_CHECKING
 
+from efficient_attn.config import HyperConfig
 from efficient_attn.errors import CacheFullError, ConversionError, UnsupportedError
 from efficient_attn.functional import (
     attention,
     attention_decode,
     attention_varlen,
+    hyper_attention,
+    hyper_attention_varlen,
+    hyper_plan,
     merge_states,
     mla_decode,
 )
 from efficient_attn.head_map import HeadMap
+from efficient_attn.planning import HyperPlan
 
 if TYPE_CHECKING:
     from efficient_attn.integrations.patching import patch_model
@@ -19,10 +24,15 @@ __all__ = [
     "CacheFullError",
     "ConversionError",
     "HeadMap",
+    "HyperConfig",
+    "HyperPlan",
     "UnsupportedError",
     "attention",
     "attention_decode",
     "attention_varlen",
+    "hyper_attention",
+    "hyper_attention_varlen",
+    "hyper_plan",
     "merge_states",
     "mla_decode",
     "patch_model",

@@ -28,8 +28,8 @@ class HyperPlan(NamedTuple):
 
     A kernel walks this in two kinds of tiles, and merges what they give by log-sum-exp:
 
-    * leaf tiles: the queries of a leaf, contiguous near keys, and sample ``leaf`` if
-      ``samples_by_leaf``;
+    * leaf tiles: the queries of a leaf, contiguous near keys, and the sample of the leaf if
+      ``samples_by_leaf`` (leaves as numbered by ``layout.leaf_range``);
     * block tiles: the queries ``block_rows[m]`` (-1: none), the keys of ranks ``block_first[m] +
       [0, block_size)`` that are in the query's band, and sample ``block_sample[m]`` if not
       ``samples_by_leaf``. All rows of a tile have the same ``band_start``, which is
@@ -66,7 +66,7 @@ class HyperPlan(NamedTuple):
     @property
     def is_exact(self) -> bool:
         """Whether nothing is approximated: all keys are near."""
-        return self.leaf_size > 0 and self.block_rows.numel() == self.sample_keys.numel() == 0
+        return self.leaf_size > 0 and self.window >= self.key_order.shape[-1]
 
 
 def make_plan(
@@ -128,7 +128,7 @@ def _leaf_plan(query, key, causal, config, seed) -> HyperPlan:
     if size == 0:
         blocks = _no_blocks(query, key, levels=0)
     elif causal:
-        positions = layout.query_positions(nq, nk, causal, key.device)
+        positions = layout.query_positions(nq, nk, key.device)
         before, _ = layout.near_keys(positions, nk, leaf, config.window, causal)
         q_codes, k_codes = _codes(query, key, causal, config, seed)
         num_codes = 2 ** _num_projections(config, nk)
@@ -143,7 +143,7 @@ def _leaf_plan(query, key, causal, config, seed) -> HyperPlan:
     return HyperPlan(
         *blocks,
         torch.empty(0, dtype=torch.int32, device=key.device),
-        *leaf_samples(config, nk, -(-nk // leaf), key.shape[1], causal, seed, key.device),
+        *leaf_samples(config, nq, nk, key.shape[1], causal, seed, key.device),
         causal=causal,
         leaf_size=leaf,
         window=config.window,
@@ -154,14 +154,16 @@ def _leaf_plan(query, key, causal, config, seed) -> HyperPlan:
 
 
 def _exact_plan(query: Tensor, key: Tensor, causal: bool) -> HyperPlan:
-    """Everything in one leaf."""
+    """Leaves and a window that reach over everything."""
+    nq, nk = query.shape[2], key.shape[2]
+    leaf = max(nq, nk, 1)
     none = torch.empty(0, dtype=torch.int32, device=key.device)
-    sample_keys = none.new_empty(key.shape[1], 1, 0)
-    sample_log_weight = torch.empty(1, 0, device=key.device)
-    nk = max(key.shape[2], 1)
+    _, num_leaves = layout.leaf_range(nq, nk, leaf, causal)
+    sample_keys = none.new_empty(key.shape[1], num_leaves, 0)
+    sample_log_weight = torch.empty(num_leaves, 0, device=key.device)
     return HyperPlan(
         *_no_blocks(query, key, levels=0), none, sample_keys, sample_log_weight,
-        causal=causal, leaf_size=nk, window=0, sinks=0, block_size=0, samples_by_leaf=True,
+        causal=causal, leaf_size=leaf, window=nk, sinks=0, block_size=0, samples_by_leaf=True,
     )  # fmt: skip
 
 
@@ -186,12 +188,14 @@ def _codes(query, key, causal, config, seed) -> tuple[Tensor, Tensor]:
     is subtracted from the tokens themselves.
     """
     nq, nk = query.shape[2], key.shape[2]
-    normals = directions(seed, key.shape[-1], _num_projections(config, nk), key.device)
-    projections = [(x.float() @ normals) for x in (query, key)]
+    # All the directions there could be: a product with a few columns is slower than with sixteen.
+    normals = directions(seed, key.shape[-1], MAX_PROJECTIONS, key.device)
+    used = _num_projections(config, nk)
+    projections = [(x.float() @ normals)[..., :used] for x in (query, key)]
     means = [torch.zeros((), device=key.device)] * 2
     if config.center and causal and not config.is_published:
         # A key is met from later leaves only, so its own leaf is past; that of a query is not.
-        positions = layout.query_positions(nq, nk, causal, key.device).clamp(min=0)
+        positions = layout.query_positions(nq, nk, key.device).clamp(min=0)
         places = (positions, torch.arange(nk, device=key.device))
         leaf, num_leaves = config.leaf_size, -(-nk // config.leaf_size)
         means = [

@@ -19,13 +19,21 @@ class Problem(NamedTuple):
     keys: tuple[int, int]
 
 
-def query_positions(nq: int, nk: int, causal: bool, device: torch.device) -> Tensor:
-    """The key position at which each query stands; negative if it sees nothing.
+def query_positions(nq: int, nk: int, device: torch.device) -> Tensor:
+    """The key position at which each query stands; the last query stands at the last key.
 
-    The last query stands at the last key. Without a causal mask every query stands somewhere.
+    A negative position is before every key, and under a causal mask sees nothing.
     """
-    positions = torch.arange(nq, device=device) + (nk - nq)
-    return positions if causal else positions.clamp(min=0)
+    return torch.arange(nq, device=device) + (nk - nq)
+
+
+def leaf_range(nq: int, nk: int, leaf: int, causal: bool) -> tuple[int, int]:
+    """The number of the first leaf, and the number of leaves, that a plan has.
+
+    Leaves are numbered from key 0. Queries before it are in leaves of negative number.
+    """
+    first = 0 if causal else min((nk - nq) // leaf, 0)
+    return first, -(-nk // leaf) - first
 
 
 def near_keys(

@@ -8,20 +8,21 @@ import torch
 from torch import Tensor
 
 from efficient_attn.planning.counter import random_below
-from efficient_attn.planning.layout import Problem, near_keys
+from efficient_attn.planning.layout import Problem, leaf_range, near_keys
 
 _STREAM = 1
 
 
 def leaf_samples(
-    config, nk: int, num_leaves: int, num_heads: int, causal: bool, seed: int, device: torch.device
+    config, nq: int, nk: int, num_heads: int, causal: bool, seed: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """A sample for every leaf, from the keys that are neither sinks nor near to it.
 
     Shape:
         - keys: ``(Hk, leaves, m)``, int32; log_weight: ``(leaves, m)``, fp32
     """
-    leaf = torch.arange(num_leaves, device=device)
+    first_leaf, num_leaves = leaf_range(nq, nk, config.leaf_size, causal)
+    leaf = torch.arange(num_leaves, device=device) + first_leaf
     first, end = near_keys(leaf * config.leaf_size, nk, config.leaf_size, config.window, causal)
     sinks = min(config.sinks, nk)
     first = first.clamp(min=sinks)

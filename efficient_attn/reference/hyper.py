@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from efficient_attn.planning import HyperPlan
-from efficient_attn.planning.layout import near_keys, query_positions
+from efficient_attn.planning.layout import leaf_range, near_keys, query_positions
 
 
 def hyper_attention(
@@ -67,7 +67,7 @@ def near_mask(plan: HyperPlan, nq: int, nk: int) -> Tensor:
     """Which keys are exact for a query wherever they are, ``(nq, nk)``."""
     device = plan.key_order.device
     key = torch.arange(nk, device=device)
-    positions = query_positions(nq, nk, plan.causal, device)
+    positions = query_positions(nq, nk, device)
     first, end = near_keys(positions, nk, plan.leaf_size, plan.window, plan.causal)
     near = (key < plan.sinks) | (key >= first.unsqueeze(-1)) & (key < end.unsqueeze(-1))
     return near & (key <= positions.unsqueeze(-1)) if plan.causal else near
@@ -82,10 +82,11 @@ def band_mask(plan: HyperPlan, level: int) -> Tensor:
 
 def _leaf_samples(plan: HyperPlan, nq: int, nk: int) -> Tensor:
     """What the sample of each query's leaf says of each key, ``(Hk, nq, nk)``."""
-    positions = query_positions(nq, nk, plan.causal, plan.key_order.device)
-    leaf = positions.clamp(min=0) // plan.leaf_size
-    sees = (positions >= 0).unsqueeze(-1)
-    return _sample_counts(plan, nk).index_select(1, leaf) * sees
+    positions = query_positions(nq, nk, plan.key_order.device)
+    first_leaf, _ = leaf_range(nq, nk, plan.leaf_size, plan.causal)
+    leaf = torch.div(positions, plan.leaf_size, rounding_mode="floor") - first_leaf
+    sees = (positions >= 0).unsqueeze(-1) if plan.causal else True
+    return _sample_counts(plan, nk).index_select(1, leaf.clamp(min=0)) * sees
 
 
 def _segment_samples(plan: HyperPlan, level: int, nk: int) -> Tensor:

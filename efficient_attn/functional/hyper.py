@@ -1,0 +1,308 @@
+"""HyperAttention: softmax attention estimated in near-linear time."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from efficient_attn.config import HyperConfig
+from efficient_attn.functional import _contract as contract
+from efficient_attn.head_map import HeadMap
+from efficient_attn.masking import window_limits
+from efficient_attn.planning import HyperPlan, make_plan
+
+_DEFAULT = HyperConfig()
+
+
+def hyper_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    config: HyperConfig = _DEFAULT,
+    seed: int = 0,
+    plan: HyperPlan | None = None,
+    head_map: HeadMap | None = None,
+    key_lengths: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention in which most keys are represented by a weighted sample.
+
+    Each query attends exactly to keys near it and to a block of keys with a similar hash, and to a
+    sample of the others whose weights make the softmax denominator, and the numerator, right on
+    average. The output, their ratio, is not exact. Which keys these are is decided by
+    :func:`hyper_plan`; given the plan, the result is an ordinary differentiable function, whose
+    gradients through ``out`` and ``lse`` are exact and the same bits from run to run.
+
+    After Han et al., "HyperAttention: Long-context Attention in Near-Linear Time", arXiv
+    2310.05869.
+
+    Args:
+        query: Queries. Any strides are accepted, here and below.
+        key: Keys.
+        value: Values.
+        causal: Hide later keys. Aligned to the lower right corner: the last query sees every key.
+            The plan of the default structure never depends on what is hidden; that of
+            :meth:`HyperConfig.paper` does.
+        scale: Factor on the scores; by default ``D ** -0.5``.
+        config: How keys are chosen, and below which length the result is exact.
+        seed: Fixes everything random, together with the position of a head and of its tokens. Give
+            each layer its own.
+        plan: The result of :func:`hyper_plan`, to be used in place of ``config`` and ``seed``.
+        head_map: Which key and value head each query head reads; by default even groups. Groups
+            that are not even, or not alike for keys and values, are written out to more heads.
+        key_lengths: Number of valid keys per sample, as in :func:`attention`; each sample is
+            computed by itself.
+        return_lse: Return the estimated log-sum-exp of the scores too.
+
+    Returns:
+        ``out``, or ``(out, lse)``. A query that sees no key gives zeros and ``lse = -inf``.
+
+    Shape:
+        - query: ``(B, Hq, Nq, D)``; key: ``(B, Hk, Nk, D)``; value: ``(B, Hv, Nk, Dv)``
+        - key_lengths: ``(B,)``
+        - out: ``(B, Hq, Nq, Dv)``; lse: ``(B, Hq, Nq)``, natural logarithm, fp32 (fp64 for fp64)
+
+    Raises:
+        ValueError: A shape, a length, the head map or the plan does not fit.
+        TypeError: A dtype or a kind does not fit.
+
+    Example:
+        >>> query, key, value = torch.randn(3, 1, 2, 8192, 64)
+        >>> hyper_attention(query, key, value, causal=True).shape
+        torch.Size([1, 2, 8192, 64])
+    """
+    contract.check_tensors(query, key, value, ("batch", "heads", "tokens", "dim"))
+    _check_options(config, seed, plan)
+    contract.check_key_lengths(key_lengths, key)
+    maps = contract.resolve_map(head_map, query, key, value, heads=1, rows=query.shape[0])
+    if key_lengths is not None:
+        return _each_sample(
+            query, key, value, plan, head_map, key_lengths, return_lse,
+            causal=causal, scale=scale, config=config, seed=seed,
+        )  # fmt: skip
+    scale = contract.resolve_scale(scale, query)
+    even_key, even_value = _even_heads(query, key, value, *maps)
+    if plan is None:
+        plan = make_plan(query, even_key, causal=causal, config=config, seed=seed)
+    _check_plan(plan, query, even_key, causal)
+    if plan.is_exact:
+        window = window_limits(causal, None)
+        out, lse = torch.ops.efficient_attn.attention(
+            query, key, value, *maps, None, None, *window, scale, 0.0
+        )
+    else:
+        out, lse = torch.ops.efficient_attn.hyper_attention(
+            query, even_key, even_value, *plan, scale
+        )
+    return (out, lse) if return_lse else out
+
+
+def hyper_plan(
+    query: Tensor,
+    key: Tensor,
+    *,
+    causal: bool = False,
+    config: HyperConfig = _DEFAULT,
+    seed: int = 0,
+    head_map: HeadMap | None = None,
+) -> HyperPlan:
+    """What :func:`hyper_attention` decides before it computes: hashed blocks and samples.
+
+    A plan can be used again, for other values, for the recomputation of a checkpointed layer, or
+    for a step in which queries and keys have hardly changed. It holds no gradients.
+
+    Args:
+        query: Queries.
+        key: Keys.
+        causal: As in :func:`hyper_attention`, which has to be given the same.
+        config: How keys are chosen.
+        seed: Fixes everything random.
+        head_map: As in :func:`hyper_attention`.
+
+    Returns:
+        The plan, a tuple of tensors and numbers, described at its class.
+
+    Shape:
+        - query: ``(B, Hq, Nq, D)``; key: ``(B, Hk, Nk, D)``
+
+    Raises:
+        ValueError: A shape or the head map does not fit.
+        TypeError: A dtype or a kind does not fit.
+    """
+    contract.check_tensors(query, key, key, ("batch", "heads", "tokens", "dim"))
+    _check_options(config, seed, None)
+    if head_map is not None:
+        value = key.new_empty(key.shape[0], head_map.num_v_heads, key.shape[2], 1)
+        maps = contract.resolve_map(head_map, query, key, value, heads=1, rows=query.shape[0])
+    else:
+        value = key
+        maps = contract.resolve_map(None, query, key, value, heads=1, rows=query.shape[0])
+    key, _ = _even_heads(query, key, value, *maps)
+    return make_plan(query, key, causal=causal, config=config, seed=seed)
+
+
+def hyper_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    causal: bool = False,
+    scale: float | None = None,
+    config: HyperConfig = _DEFAULT,
+    seed: int = 0,
+    head_map: HeadMap | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`hyper_attention` of each sequence to itself, all sequences packed end to end.
+
+    Each sequence has the plan, and the result, that it has alone; long ones are estimated and short
+    ones exact. The lengths are read back from an accelerator.
+
+    Args:
+        query: Packed queries.
+        key: Packed keys.
+        value: Packed values.
+        cu_seqlens_q: Where each sequence's queries start, and where the last one ends.
+        cu_seqlens_k: The same for keys and values.
+        causal: As in :func:`hyper_attention`, aligned to each sequence's own lower right corner.
+        scale: As in :func:`hyper_attention`.
+        config: As in :func:`hyper_attention`.
+        seed: As in :func:`hyper_attention`.
+        head_map: As in :func:`hyper_attention`; a map may have one row per sequence.
+        return_lse: Return the estimated log-sum-exp too.
+
+    Returns:
+        ``out``, or ``(out, lse)``.
+
+    Shape:
+        - query: ``(T, Hq, D)``; key: ``(S, Hk, D)``; value: ``(S, Hv, Dv)``
+        - cu_seqlens_q, cu_seqlens_k: ``(sequences + 1,)``, int32 or int64
+        - out: ``(T, Hq, Dv)``; lse: ``(T, Hq)``, natural logarithm
+
+    Raises:
+        ValueError: A shape, the packing or the head map does not fit.
+        TypeError: A dtype or a kind does not fit.
+    """
+    contract.check_tensors(query, key, value, ("tokens", "heads", "dim"))
+    contract.check_packing("cu_seqlens_q", cu_seqlens_q, query)
+    contract.check_packing("cu_seqlens_k", cu_seqlens_k, key)
+    _check_options(config, seed, None)
+    sequences = cu_seqlens_q.shape[0] - 1
+    if cu_seqlens_k.shape[0] - 1 != sequences:
+        raise ValueError(
+            f"cu_seqlens_q names {sequences} sequences and cu_seqlens_k "
+            f"{cu_seqlens_k.shape[0] - 1}; they must name the same."
+        )
+    contract.resolve_map(head_map, query, key, value, heads=1, rows=sequences)
+    ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    results = []
+    for i in range(sequences):
+        q = query[ends_q[i] : ends_q[i + 1]]
+        k, v = (x[ends_k[i] : ends_k[i + 1]] for x in (key, value))
+        results.append(
+            hyper_attention(
+                *(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)),
+                causal=causal,
+                scale=scale,
+                config=config,
+                seed=seed,
+                head_map=_row(head_map, i),
+                return_lse=True,
+            )
+        )
+    if not results:
+        out = query.new_zeros(0, query.shape[1], value.shape[-1])
+        return (out, query.new_zeros(0, query.shape[1]).float()) if return_lse else out
+    out = torch.cat([out[0].transpose(0, 1) for out, _ in results])
+    lse = torch.cat([lse[0].transpose(0, 1) for _, lse in results])
+    return (out, lse) if return_lse else out
+
+
+def _each_sample(query, key, value, plan, head_map, key_lengths, return_lse, **options):
+    """One call per sample, its keys and values cut to their length."""
+    if plan is not None:
+        raise ValueError(
+            "plan and key_lengths were both given, but a plan is for samples of one length; pass "
+            "config and seed instead."
+        )
+    results = [
+        hyper_attention(
+            query[i : i + 1],
+            key[i : i + 1, :, :length],
+            value[i : i + 1, :, :length],
+            head_map=_row(head_map, i),
+            return_lse=True,
+            **options,
+        )
+        for i, length in enumerate(key_lengths.tolist())
+    ]
+    out, lse = (torch.cat(parts) for parts in zip(*results, strict=True))
+    return (out, lse) if return_lse else out
+
+
+def _even_heads(
+    query: Tensor, key: Tensor, value: Tensor, q_to_k: Tensor | None, q_to_v: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Keys and values with one number of heads, in even groups of query heads."""
+    counts = (key.shape[1], value.shape[1])
+    if q_to_k is None and q_to_v is None:
+        heads = math.lcm(*counts)
+        return tuple(
+            x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+            for x in (key, value)
+        )
+    head_map = HeadMap(query.shape[1], *counts, q_to_k, q_to_v)
+    return _written_out(key, head_map.key_index(key.device)), _written_out(
+        value, head_map.value_index(value.device)
+    )
+
+
+def _written_out(x: Tensor, index: Tensor) -> Tensor:
+    """``(B, G, N, D)`` with a head for each entry of ``(H,)`` or ``(B, H)``."""
+    if index.dim() == 1:
+        return x.index_select(1, index)
+    samples = torch.arange(x.shape[0], device=x.device).unsqueeze(-1)
+    return x[samples, index]
+
+
+def _row(head_map: HeadMap | None, sample: int) -> HeadMap | None:
+    """The map of one sample, where there is one row per sample."""
+    if head_map is None:
+        return None
+    maps = (head_map.q_to_k, head_map.q_to_v)
+    k, v = (x[sample] if x is not None and x.dim() == 2 else x for x in maps)
+    return HeadMap(head_map.num_q_heads, head_map.num_k_heads, head_map.num_v_heads, k, v)
+
+
+def _check_options(config: HyperConfig, seed: int, plan: HyperPlan | None) -> None:
+    if not isinstance(config, HyperConfig):
+        raise TypeError(f"config is a {type(config).__name__}; pass an efficient_attn.HyperConfig.")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed is {seed!r}; pass an integer.")
+    if plan is not None and not isinstance(plan, HyperPlan):
+        raise TypeError(f"plan is a {type(plan).__name__}; pass what hyper_plan returned.")
+
+
+def _check_plan(plan: HyperPlan, query: Tensor, key: Tensor, causal: bool) -> None:
+    """A plan is for one shape, one mask and one device."""
+    batch, heads, _, nk = plan.key_order.shape
+    rows = plan.band_start.shape[-1]
+    found = (key.shape[0], key.shape[1], query.shape[1] // key.shape[1] * query.shape[2])
+    if (batch, heads, rows) != found or nk != key.shape[2]:
+        raise ValueError(
+            f"plan is for {batch} samples, {heads} key heads, {rows} queries of each and {nk} "
+            f"keys, but there are {found[0]}, {found[1]}, {found[2]} and {key.shape[2]}."
+        )
+    if plan.causal != causal:
+        raise ValueError(f"plan was made for causal={plan.causal}, but causal is {causal}.")
+    if plan.key_order.device != query.device:
+        raise ValueError(
+            f"plan is on {plan.key_order.device} and query on {query.device}; plan on that device."
+        )

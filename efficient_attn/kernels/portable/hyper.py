@@ -1,0 +1,137 @@
+"""HyperAttention in ATen: every tile of a plan is a small attention call, many tiles are a batch.
+
+The parts of a query's keys are computed one after the other and merged into its result by
+log-sum-exp. Leaves read their near keys where they lie; what lies apart is gathered, a few tiles at
+a time, so that memory grows with the tokens only. Given the merged output and log-sum-exp, the
+ordinary backward of each part is its exact gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from efficient_attn.kernels.portable import attention
+from efficient_attn.kernels.portable.leaves import leaf_runs
+from efficient_attn.kernels.portable.tiles import far_tiles
+from efficient_attn.planning import HyperPlan
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, *plan_and_scale) -> tuple[Tensor, Tensor]:
+    """The ``hyper_attention`` op."""
+    *fields, scale = plan_and_scale
+    plan = HyperPlan(*fields)
+    batch, num_heads, nq, _ = query.shape
+    dtype = _accumulator(query.dtype)
+    total = batch * num_heads * nq
+    # One row more than there are, for the empty places of tiles.
+    out = torch.zeros(total + 1, value.shape[-1], dtype=dtype, device=query.device)
+    lse = torch.full((total + 1,), -torch.inf, dtype=dtype, device=query.device)
+    dense_out, dense_lse = (x[:-1].unflatten(0, (batch, num_heads, nq)) for x in (out, lse))
+    for sample in range(batch):
+        q, k, v = (x[sample] for x in (query, key, value))
+        for run in leaf_runs(plan, nq, key.shape[2]):
+            part = _attend(run.queries(q), run.keys(k), run.keys(v), None, plan.causal, scale)
+            run.queries(dense_out[sample]).copy_(part[0])
+            run.queries(dense_lse[sample].unsqueeze(-1)).copy_(part[1].unsqueeze(-1))
+
+    q, k, v = (x.reshape(-1, x.shape[-1]) for x in (query, key, value))
+    for rows, keys, bias in far_tiles(plan, query, key):
+        real = rows.clamp(max=total - 1)
+        tile_q, tile_k, tile_v = _gather(q, real), _gather(k, keys), _gather(v, keys)
+        part_out, part_lse = _attend(tile_q, tile_k, tile_v, bias, False, scale)
+        _merge(out, lse, rows.flatten(), part_out.flatten(0, 2), part_lse.flatten())
+    return _tokens_major(dense_out.to(query.dtype)), dense_lse.clone()
+
+
+def backward(
+    grad_out: Tensor, grad_lse: Tensor | None, query, key, value, out, lse, *plan_and_scale
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``hyper_attention_backward`` op."""
+    *fields, scale = plan_and_scale
+    plan = HyperPlan(*fields)
+    batch, num_heads, nq, _ = query.shape
+    total = batch * num_heads * nq
+    dtype = _accumulator(query.dtype)
+    grad_q = torch.zeros(total + 1, query.shape[-1], dtype=dtype, device=query.device)
+    grad_k, grad_v = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (key, value))
+    dense_grad_q = grad_q[:-1].view(query.shape)
+    for sample in range(batch):
+        k, v = key[sample], value[sample]
+        rows = (grad_out, None if grad_lse is None else grad_lse.unsqueeze(-1), query, out)
+        rows = (*rows, lse.unsqueeze(-1))
+        for run in leaf_runs(plan, nq, key.shape[2]):
+            of_queries = (None if x is None else run.queries(x[sample]) for x in rows)
+            grads = _attend_backward(
+                *of_queries, run.keys(k), run.keys(v), None, plan.causal, scale
+            )
+            run.queries(dense_grad_q[sample]).add_(grads[0])
+            run.add_keys(grad_k[sample], grads[1])
+            run.add_keys(grad_v[sample], grads[2])
+
+    rows = (grad_out, None if grad_lse is None else grad_lse.unsqueeze(-1), query, out)
+    rows = (*rows, lse.unsqueeze(-1))
+    flat = [None if x is None else x.reshape(-1, x.shape[-1]) for x in rows]
+    k, v = (x.reshape(-1, x.shape[-1]) for x in (key, value))
+    for row, column, bias in far_tiles(plan, query, key):
+        real = row.clamp(max=total - 1)
+        of_queries = [None if x is None else _gather(x, real) for x in flat]
+        if (empty := row == total).any():
+            # A row of zeros gives no gradient, and no overflow against keys that nobody chose.
+            for x in of_queries:
+                if x is not None:
+                    x.masked_fill_(empty[:, None, :, None], 0.0)
+        grads = _attend_backward(
+            *of_queries, _gather(k, column), _gather(v, column), bias, False, scale
+        )
+        _add_rows(grad_q, row, grads[0])
+        _add_rows(grad_k.view(-1, k.shape[-1]), column, grads[1])
+        _add_rows(grad_v.view(-1, v.shape[-1]), column, grads[2])
+    grads = (dense_grad_q, grad_k, grad_v)
+    return tuple(_tokens_major(g.to(query.dtype)) for g in grads)
+
+
+def _attend(query, key, value, bias, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Exact attention of many tiles, ``(tiles, heads, tokens, D)``."""
+    right = 0 if causal else None
+    return attention.forward(query, key, value, None, None, bias, None, None, right, scale, 0.0)
+
+
+def _attend_backward(grad_out, grad_lse, query, out, lse, key, value, bias, causal, scale):
+    right = 0 if causal else None
+    if grad_lse is not None:
+        grad_lse = grad_lse.squeeze(-1)
+    *grads, _ = attention.backward(
+        grad_out, grad_lse, query, key, value, out, lse.squeeze(-1),
+        None, None, bias, None, None, right, scale, 0.0, False,
+    )  # fmt: skip
+    return grads
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of ``(N, D)`` as ``(tiles, 1, tokens, D)``, in the accumulator's precision."""
+    rows = x.index_select(0, index.flatten()).to(_accumulator(x.dtype))
+    return rows.view(index.shape[0], 1, index.shape[1], x.shape[-1])
+
+
+def _merge(out: Tensor, lse: Tensor, rows: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
+    """Merge a part into the rows it is about; none occurs twice, but for the one for no row."""
+    before = lse.index_select(0, rows)
+    after = torch.logaddexp(before, part_lse)
+    share = torch.exp(part_lse - after.masked_fill(after == -torch.inf, 0.0)).unsqueeze(-1)
+    out.index_copy_(0, rows, torch.lerp(out.index_select(0, rows), part_out, share))
+    lse.index_copy_(0, rows, after)
+
+
+def _add_rows(total: Tensor, index: Tensor, grad: Tensor) -> None:
+    """``total[index] += grad``; a row that occurs more than once adds up in a fixed order."""
+    index = index.reshape(-1, 1).expand(-1, total.shape[-1])
+    total.scatter_add_(0, index, grad.reshape(index.shape).to(total.dtype))
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _tokens_major(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
