@@ -1,4 +1,4 @@
-"""Every Python example of the README runs, each on its own, on a CPU."""
+"""Every Python example of the README and of the guides runs, each on its own, on a CPU."""
 
 import re
 from pathlib import Path
@@ -7,17 +7,23 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-EXAMPLES = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+EXAMPLES = {
+    f"{name} {number}": example
+    for name in ("README.md", "docs/decode.md")
+    for number, example in enumerate(
+        re.findall(r"^```python\n(.*?)^```$", (ROOT / name).read_text(), re.MULTILINE | re.DOTALL)
+    )
+}
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) >= 3
+    assert len(EXAMPLES) >= 6
 
 
-@pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_example_runs(number, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(EXAMPLES[number], f"README.md, example {number + 1}", "exec"), {})
+    exec(compile(EXAMPLES[name], name, "exec"), {})
 
 
 def test_links_lead_somewhere():

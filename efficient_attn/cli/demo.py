@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from efficient_attn.cli import _decoding
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,6 +59,9 @@ def demo(
     test_tokens: Annotated[
         int, typer.Option(help="Number of test tokens for the perplexity.", min=512)
     ] = 16384,
+    context: Annotated[
+        int, typer.Option(help="Number of cached tokens behind which decoding is timed.", min=1)
+    ] = 8192,
     benchmark: Annotated[bool, typer.Option(help="Run and draw a short benchmark.")] = True,
 ) -> None:
     """Run a trained language model on torch's attention and on ours, and benchmark both."""
@@ -71,16 +76,20 @@ def demo(
     with patch_model(model) as patch:
         ours = _run("efficient_attn", model, tokenizer, text)
         patched = str(patch.report)
-    same = theirs.tokens == ours.tokens
+    prompt = text.flatten()[:context][None]
+    decodings = _decoding.decode(model, prompt, console)
+    same = theirs.tokens == ours.tokens and len({run.tokens for run in decodings}) == 1
     difference = abs(theirs.perplexity - ours.perplexity)
     console.print(_table(theirs, ours))
+    console.print(f"decoding behind {prompt.shape[1]} cached tokens:", _decoding.table(decodings))
     console.print(f"same greedy tokens: {'yes' if same else 'NO'}")
     console.print(f"difference in test perplexity: {difference:.1e}")
 
     figure = _benchmark(root, out) if benchmark else None
     report = out / "report.md"
     texts = [tokenizer.decode(tokens) for tokens in ours.tokens]
-    report.write_text(_markdown(theirs, ours, same, difference, patched, texts, figure))
+    decoded = _decoding.markdown(decodings, prompt.shape[1])
+    report.write_text(_markdown(theirs, ours, same, difference, patched, texts, decoded, figure))
     console.print(f"report: {report}")
     if not same or difference > TOLERANCE:
         console.print("[red]The two implementations disagree.[/]")
@@ -187,6 +196,7 @@ def _markdown(
     difference: float,
     patched: str,
     texts: list[str],
+    decoded: str,
     figure: str | None,
 ) -> str:
     rows = "\n".join(
@@ -194,6 +204,7 @@ def _markdown(
         f"{run.generate_seconds:.1f} |"
         for run in (theirs, ours)
     )
+    verdict = "identical" if same else "DIFFERENT"
     continuations = "\n".join(f"```python\n{text}\n```\n" for text in texts)
     picture = f"## Benchmark\n\n![ratio to the fastest of torch]({figure})\n" if figure else ""
     return f"""# efficient_attn demo
@@ -204,9 +215,10 @@ A language model trained on Python's standard library, run on torch's attention 
 |---|---|---|---|---|
 {rows}
 
-- Greedy tokens of {len(texts)} prompts: {"identical" if same else "DIFFERENT"}.
+- Greedy tokens of {len(texts)} prompts, and behind a long one: {verdict}.
 - Difference in test perplexity: {difference:.1e} (allowed: {TOLERANCE:.0e}).
 
+{decoded}
 ## What was replaced
 
 ```

@@ -10,11 +10,15 @@ runner = CliRunner()
 
 
 def test_the_demo_writes_a_report_and_finds_the_same_tokens(tmp_path):
-    arguments = ["demo", "--out", str(tmp_path), "--test-tokens", "1024", "--no-benchmark"]
+    few = ["--test-tokens", "1024", "--context", "100", "--no-benchmark"]
+    arguments = ["demo", "--out", str(tmp_path), *few]
     result = runner.invoke(app, arguments)
     assert result.exit_code == 0, result.output
     report = (tmp_path / "report.md").read_text()
-    assert "prompts: identical" in report and "def binary_search" in report
+    assert "a long one: identical" in report and "def binary_search" in report
+    # 6 layers, 2 key and 2 value heads, 32 wide, 4 bytes: 3072 for a token.
+    assert f"| sdpa | DynamicCache | {100 * 3072} |" in report
+    assert f"| efficient_attn | StaticPastKeyValues | {116 * 3072} |" in report
 
 
 def test_outside_a_clone_it_says_what_to_do(monkeypatch, tmp_path):
