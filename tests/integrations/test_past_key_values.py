@@ -6,6 +6,7 @@ from transformers import T5ForConditionalGeneration
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from efficient_attn import CacheFullError, UnsupportedError, patch_model
+from efficient_attn.cache import PagedBatch
 from efficient_attn.integrations.past_key_values import PagedPastKeyValues, StaticPastKeyValues
 
 NEW_TOKENS = 10
@@ -109,6 +110,25 @@ def test_candidates_are_checked_at_once_and_cropped(family, cache, both, padded_
     past.crop(-4)
     again = search(ours, {"input_ids": expected}, past_key_values=past, max_new_tokens=2)
     assert torch.equal(again, search(theirs, {"input_ids": expected}, max_new_tokens=2))
+
+
+def test_pages_are_read_where_they_lie(both, padded_batch, monkeypatch):
+    """Only what does not know pages makes a copy, and right after the prompt nothing does."""
+    theirs, ours = both("llama")
+    batch = padded_batch("none")
+    past = PagedPastKeyValues(40, page_size=4)
+    search(ours, batch, past_key_values=past, max_new_tokens=1)
+    past.crop(-1)
+    expected = search(theirs, batch)
+    gathered = []
+    whole = PagedBatch.filled
+    monkeypatch.setattr(PagedBatch, "filled", lambda batch: gathered.append(1) or whole(batch))
+    assert torch.equal(search(ours, batch, past_key_values=past), expected)
+    assert not gathered
+    key, value = past.layers[0].keys, past.layers[0].values
+    assert key.shape == value.shape == (3, 2, expected.shape[1] - 1, 16)
+    assert "InPages" in repr(key) and type(key + 0) is torch.Tensor
+    assert torch.equal(torch.cat([key, value]), torch.cat(whole(key.batch)))
 
 
 @pytest.mark.parametrize("cache", OURS)
