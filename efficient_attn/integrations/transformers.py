@@ -177,7 +177,8 @@ def attention_forward(
 
 def _can_decode(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> bool:
     """Whether this is a step of decoding: few tokens, the last of all, and nothing to learn."""
-    few = query.shape[2] <= min(FEW_TOKENS, key.shape[2]) and (causal or query.shape[2] == 1)
+    queries, keys = query.shape[2], key.shape[2]
+    few = queries <= FEW_TOKENS and queries <= keys and (causal or queries == 1)
     # Under autocast, what is cached may have another dtype than the query.
     alike = query.dtype == key.dtype == value.dtype
     learning = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))

@@ -241,3 +241,19 @@ def test_a_model_in_training_has_gradients_through_a_dynamic_cache(both, padded_
         model(input_ids=ids[:, 12:], past_key_values=past).logits.square().mean().backward()
         grads.append([p.grad for p in model.parameters()])
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_step_is_one_graph_for_all_lengths(both, padded_batch):
+    theirs, ours = both("llama")
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    ids = padded_batch("none")["input_ids"]
+    expected = theirs(ids).logits
+    past = DynamicCache()
+    ours(ids[:, :8], past_key_values=past)
+    torch._dynamo.utils.counters.clear()
+    for i in range(8, 17):
+        logits = compiled(ids[:, i : i + 1], past_key_values=past).logits
+        torch.testing.assert_close(logits[:, 0], expected[:, i], rtol=1e-4, atol=1e-4)
+    # One for the first length, and one for all others.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
