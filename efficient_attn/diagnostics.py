@@ -14,7 +14,7 @@ import platform
 PACKAGES = ("efficient_attn", "torch", "triton", "transformers", "safetensors", "numpy", "einops")
 
 # A backward op is answered by the same implementations as its forward.
-OPS = ("attention", "attention_varlen", "merge_states")
+OPS = ("attention", "attention_varlen", "attention_decode", "mla_decode", "merge_states")
 
 
 def report() -> dict:
@@ -64,7 +64,7 @@ def _implementations(op: str, machine: dict) -> dict[str, list[dict]]:
     """Who is asked for one op on each device, first to last."""
     no_gpu = None if machine["cuda"] else "torch sees no CUDA device"
     no_triton = None if importlib.util.find_spec("triton") else "triton is not installed"
-    if op == "merge_states":
+    if op in ("attention_decode", "mla_decode", "merge_states"):
         return {
             "cpu": [_entry("native (csrc/cpu)", _native_is_absent()), _entry("portable", None)],
             "cuda": [_entry("portable", no_gpu)],
