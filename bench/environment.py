@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from efficient_attn import diagnostics
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # glibc returns large blocks to the kernel at every free, and a page fault costs more than the
@@ -30,6 +32,7 @@ def describe(device: str) -> dict:
         "commit": _output("git", "rev-parse", "--short=12", "HEAD"),
         "dirty": None if status is None else bool(status),
         "threads": torch.get_num_threads(),
+        "kernels": answering(device),
         "allocator": {name: os.environ.get(name) for name in ALLOCATOR},
     }
     if device == "cuda":
@@ -43,6 +46,14 @@ def describe(device: str) -> dict:
             "clocks": clocks(),
         }
     return record
+
+
+def answering(device: str) -> dict[str, str]:
+    """The first implementation of the package that each op asks on a kind of device."""
+    return {
+        op: next(entry["name"] for entry in by_device[device] if entry["answers"])
+        for op, by_device in diagnostics.report()["kernels"].items()
+    }
 
 
 def device_name(device: str) -> str:

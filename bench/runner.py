@@ -93,7 +93,8 @@ def _measure(
             trying(provider.name)
             outcomes.append(_admit(provider, workload, copies, truth, grad_out, device))
     steps = {o.provider.name: o.step for o in outcomes if o.step is not None}
-    timings = interleave(steps, clock, seconds, trying)
+    ceilings = [o.provider.name for o in outcomes if o.provider.side == "ceiling"]
+    timings = interleave(steps, clock, seconds, trying, ceilings)
     records = []
     for outcome in outcomes:
         trying(outcome.provider.name)

@@ -13,7 +13,11 @@ TINY = {
     "num_key_value_heads": 2,
     "vocab_size": 97,
 }
-CONTENDERS = (Contender("efficient_attn", "dynamic"), Contender("sdpa", "static"))
+CONTENDERS = (
+    Contender("efficient_attn", "StaticPastKeyValues"),
+    Contender("efficient_attn", "PagedPastKeyValues"),
+    Contender("sdpa", "StaticCache"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +35,7 @@ def test_decoding_is_checked_and_timed(model):
         assert len(record["seconds_per_round"]) == generate.ROUNDS
     console = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
     print_generation(records, console)
-    assert "efficient_attn, dynamic cache" in console.export_text()
+    assert "efficient_attn, PagedPastKeyValues" in console.export_text()
 
 
 def test_wrong_logits_are_not_timed(model, monkeypatch):
@@ -44,7 +48,7 @@ def test_wrong_logits_are_not_timed(model, monkeypatch):
     monkeypatch.setattr(generate, "_next_logits", wrong)
     records = []
     time_generation(model, 40, records.append, tokens=1, contenders=CONTENDERS)
-    assert [record["status"] for record in records] == ["wrong", "timed"]
+    assert [record["status"] for record in records] == ["wrong", "wrong", "timed"]
     assert "tokens_per_second" not in records[0]
 
 
@@ -61,4 +65,6 @@ def test_every_token_reads_all_before_it(model):
     finally:
         handle.remove()
     checks, rounds = 1 + len(CONTENDERS), 1 + generate.ROUNDS
-    assert sorted(cached) == sorted(checks * [40] + 2 * list(range(40, 40 + 2 * rounds)))
+    assert sorted(cached) == sorted(
+        checks * [40] + len(CONTENDERS) * list(range(40, 40 + 2 * rounds))
+    )

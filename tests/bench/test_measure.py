@@ -47,6 +47,13 @@ def test_slow_steps_sit_out():
     assert timings["slow"].rounds == SLOW_ROUNDS and timings["fast"].rounds == MIN_ROUNDS
 
 
+def test_a_ceiling_makes_nobody_slow():
+    every = steps(ceiling=0.1, fast=1.0, slow=50.0)
+    timings = interleave(every, FakeClock(), seconds=0.0, ceilings=["ceiling"])
+    rounds = {name: timing.rounds for name, timing in timings.items()}
+    assert rounds == {"ceiling": MIN_ROUNDS, "fast": MIN_ROUNDS, "slow": SLOW_ROUNDS}
+
+
 def test_quantiles():
     values = iter([9.0, 1.0, 2.0, 3.0, 4.0, 5.0])
     timing = interleave({"a": lambda: ("a", next(values))}, FakeClock(), seconds=0.0)["a"]
