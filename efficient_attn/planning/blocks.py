@@ -80,7 +80,8 @@ def ranked_blocks(
         end += [problem.level * nk + problem.keys[1]] * blocks
     source, place = (torch.cat(x).to(device) for x in (source, place))
     first, end = (torch.tensor(x, device=device) for x in (first, end))
-    owner = torch.arange(len(problems)).repeat_interleave(torch.tensor(num_blocks)).to(device)
+    owner = [number for number, blocks in enumerate(num_blocks) for _ in range(blocks)]
+    owner = torch.tensor(owner, device=device)
 
     if align:
         keys, rows = problems[0].keys[1], per_block[0]
