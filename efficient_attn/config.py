@@ -39,8 +39,6 @@ class HyperConfig:
             and their errors are alike.
         replacement: Sample with replacement, as published; otherwise one key from each of
             ``sample_size`` equal intervals.
-        max_error: Largest tolerated relative standard error of a softmax denominator. Heads in
-            which one row in ten exceeds it are computed exactly.
 
     Raises:
         TypeError: A field is of the wrong kind.
@@ -58,7 +56,6 @@ class HyperConfig:
     align_blocks: bool = True
     own_samples: bool = True
     replacement: bool = False
-    max_error: float | None = None
 
     @classmethod
     def paper(cls, **changes: object) -> HyperConfig:
@@ -93,8 +90,6 @@ class HyperConfig:
         for name in ("center", "align_blocks", "own_samples", "replacement"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is {getattr(self, name)!r}; pass True or False.")
-        if self.max_error is not None and not self.max_error > 0:
-            raise ValueError(f"max_error is {self.max_error}; it must be positive, or None.")
         if self.leaf_size is None:
             self._check_published_structure()
 

@@ -17,7 +17,6 @@ from efficient_attn.config import HyperConfig
         ({"num_projections": 17}, ValueError, "between 1 and 16"),
         ({"exact_below": 1}, ValueError, "at least 2"),
         ({"center": 1}, TypeError, "pass True or False"),
-        ({"max_error": 0.0}, ValueError, "must be positive"),
         ({"leaf_size": None, "own_samples": False}, ValueError, "set leaf_size"),
         ({"leaf_size": None, "window": 0, "sinks": 0}, ValueError, "own_samples is True"),
     ],
