@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="there is nothing to compile without triton")
 
@@ -19,3 +21,31 @@ def test_kernels_compile_without_spilling_for_every_architecture():
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+GOOD = {"shared": 1 << 16, "tmem_size": 512}
+
+
+@pytest.mark.parametrize(
+    ("arch", "metadata", "ptx", "spilled", "in_loops", "expected"),
+    [
+        ("sm90", GOOD, "wgmma.mma_async", 8, 0, None),
+        ("sm80", GOOD, "mma.sync", 0, 0, None),
+        ("sm90", GOOD, "", 0, 0, "has no wgmma.mma_async"),
+        ("sm90", GOOD, "wgmma.mma_async mma.sync", 0, 0, "has a synchronous matmul"),
+        ("sm100", GOOD, "wgmma.mma_async", 0, 0, "has no tcgen05.mma"),
+        ("sm100", {**GOOD, "tmem_size": 513}, "tcgen05.mma", 0, 0, "tensor memory"),
+        ("sm80", {**GOOD, "shared": 1 << 18}, "mma.sync", 0, 0, "bytes of shared memory"),
+        ("sm80", GOOD, "mma.sync", 4000, 0, "spills more than"),
+        ("sm80", GOOD, "mma.sync", 8, 3, "3 instructions in loops spill"),
+    ],
+)
+def test_what_a_kernel_may_not_do(arch, metadata, ptx, spilled, in_loops, expected, monkeypatch):
+    compile_check = pytest.importorskip("efficient_attn.kernels.triton.compile_check")
+    monkeypatch.setattr(compile_check, "_registers_and_spills", lambda cubin: (99, spilled))
+    monkeypatch.setattr(compile_check, "_spills_in_loops", lambda cubin: in_loops)
+    asm = {"cubin": b"", "ptx": ptx, "ttir": "tt.dot"}
+    kernel = SimpleNamespace(asm=asm, metadata=SimpleNamespace(**metadata))
+    case = compile_check.Case(arch, (64, 64), torch.bfloat16)
+    failures = compile_check._judge(case, "_forward_kernel", kernel).failures
+    assert not failures if expected is None else len(failures) == 1 and expected in failures[0]
