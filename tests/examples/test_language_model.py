@@ -19,7 +19,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
 from corpus import is_program, python_sources, split_of  # noqa: E402
-from train_language_model import batch_at, learning_rate, mean_loss  # noqa: E402
+from train_language_model import batch_at, mean_loss, schedule  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_the_tokenizer_gives_any_text_back(tokenizer):
 
 def test_it_predicts_code_that_it_has_not_seen(model, unseen):
     losses = [mean_loss(model, tokens, length=512) for tokens in unseen]
-    assert sum(losses) / len(losses) < 4.9  # a uniform guess scores log(4096) = 8.3
+    assert sum(losses) / len(losses) < 4.6  # a uniform guess scores log(4096) = 8.3
 
 
 def test_it_uses_its_context(model, unseen):
@@ -164,7 +164,7 @@ def test_the_loss_counts_every_token_once(count):
 def test_batches_cover_the_text_evenly():
     stream, length = torch.arange(100_000), 512
     visits = torch.zeros(len(stream))
-    for step in range(300):  # three times over: 300 steps of 1,024 tokens
+    for step in range(150):  # three times over: 150 steps of 2,048 tokens
         for row in batch_at(stream, step, length):
             visits[row] += 1
     inner = visits[length:-length]
@@ -173,7 +173,7 @@ def test_batches_cover_the_text_evenly():
 
 
 def test_the_learning_rate_ends_at_zero():
-    rates = [learning_rate(percent / 100) for percent in range(101)]
-    assert rates[0] == 0
-    assert rates[-1] == pytest.approx(0, abs=1e-9)
-    assert max(rates) == rates[3]
+    shares = [schedule(percent / 100) for percent in range(101)]
+    assert shares[0] == 0
+    assert shares[-1] == pytest.approx(0, abs=1e-9)
+    assert max(shares) == shares[3] == 1
