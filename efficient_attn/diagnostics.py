@@ -15,6 +15,7 @@ PACKAGES = ("efficient_attn", "torch", "triton", "transformers", "safetensors", 
 
 # A backward op is answered by the same implementations as its forward.
 OPS = ("attention", "attention_varlen", "attention_decode", "mla_decode", "merge_states")
+_NATIVE_OPS = ("attention_decode", "mla_decode", "merge_states")
 
 
 def report() -> dict:
@@ -64,12 +65,11 @@ def _implementations(op: str, machine: dict) -> dict[str, list[dict]]:
     """Who is asked for one op on each device, first to last."""
     no_gpu = None if machine["cuda"] else "torch sees no CUDA device"
     no_triton = None if importlib.util.find_spec("triton") else "triton is not installed"
-    if op in ("attention_decode", "mla_decode", "merge_states"):
-        return {
-            "cpu": [_entry("native (csrc/cpu)", _native_is_absent()), _entry("portable", None)],
-            "cuda": [_entry("portable", no_gpu)],
-        }
-    cpu = [_entry("torch's flash op, where it fits", None), _entry("portable", None)]
+    first = "native (csrc/cpu)" if op in _NATIVE_OPS else "torch's flash op, where it fits"
+    absent = _native_is_absent() if op in _NATIVE_OPS else None
+    cpu = [_entry(first, absent), _entry("portable", None)]
+    if op == "merge_states":
+        return {"cpu": cpu, "cuda": [_entry("portable", no_gpu)]}
     if no_triton:
         absent = "; ".join(filter(None, (no_gpu, no_triton)))
         return {"cpu": cpu, "cuda": [_entry("triton", absent), _entry("portable", no_gpu)]}

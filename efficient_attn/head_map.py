@@ -143,18 +143,25 @@ class HeadMap:
         """
         q_to_k = torch.as_tensor(q_to_k)
         q_to_v = q_to_k if q_to_v is None else torch.as_tensor(q_to_v)
+        same = q_to_v is q_to_k
         if num_k_heads is None:
             num_k_heads = _largest("q_to_k", "num_k_heads", q_to_k) + 1
         if num_v_heads is None:
-            same = q_to_v is q_to_k
             num_v_heads = num_k_heads if same else _largest("q_to_v", "num_v_heads", q_to_v) + 1
         num_q_heads = q_to_k.shape[-1] if q_to_k.dim() else 0
-        return cls(num_q_heads, num_k_heads, num_v_heads, _as_int32(q_to_k), _as_int32(q_to_v))
+        q_to_k = _as_int32(q_to_k)
+        # One tensor where it is one map, which kernels notice.
+        q_to_v = q_to_k if same else _as_int32(q_to_v)
+        return cls(num_q_heads, num_k_heads, num_v_heads, q_to_k, q_to_v)
 
     def to(self, device: torch.device | str) -> HeadMap:
         """The same map with its indices on ``device``."""
-        k, v = (None if x is None else x.to(device) for x in (self.q_to_k, self.q_to_v))
-        return replace(self, q_to_k=k, q_to_v=v)
+        k = None if self.q_to_k is None else self.q_to_k.to(device)
+        if self.q_to_v is self.q_to_k:
+            return replace(self, q_to_k=k, q_to_v=k)
+        return replace(
+            self, q_to_k=k, q_to_v=None if self.q_to_v is None else self.q_to_v.to(device)
+        )
 
     def key_index(self, device: torch.device | str | None = None) -> Tensor:
         """``q_to_k`` written out also where it is implied, ``(Hq,)`` or ``(B, Hq)``."""

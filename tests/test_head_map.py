@@ -98,3 +98,11 @@ def test_a_map_moves_between_devices():
 def test_what_is_refused_and_why(make, kind, message):
     with pytest.raises(kind, match=message):
         make()
+
+
+def test_one_map_stays_one_tensor_wherever_it_goes():
+    for head_map in (HeadMap.from_index([1, 0, 1]), HeadMap.from_group_sizes([2, 1])):
+        moved = head_map.to("meta")
+        assert head_map.q_to_v is head_map.q_to_k and moved.q_to_v is moved.q_to_k
+    apart = HeadMap.from_index([1, 0], [0, 1]).to("meta")
+    assert apart.q_to_v is not apart.q_to_k

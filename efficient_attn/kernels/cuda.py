@@ -7,8 +7,9 @@ from torch import Tensor
 from efficient_attn.errors import UnsupportedError
 from efficient_attn.kernels import torch_cuda
 from efficient_attn.kernels.triton import attention_bwd, attention_fwd
+from efficient_attn.kernels.triton import decode as triton_decode
 
-_ADVICE = "efficient_attn.reference.attention computes any input, slowly and in full memory."
+_ADVICE = "efficient_attn.reference.{} computes any input, slowly and in full memory."
 
 
 def forward(
@@ -21,7 +22,7 @@ def forward(
     )  # fmt: skip
     if which := torch_cuda.choose(*arguments):
         return torch_cuda.forward(which, query, key, value, window_right == 0, scale)
-    _refuse_unsupported("attention", query, key, value)
+    _refuse("attention", attention_fwd.refusals(query, key, value))
     return attention_fwd.forward(*arguments)
 
 
@@ -45,7 +46,7 @@ def backward(
 
 def forward_varlen(query, key, value, *options) -> tuple[Tensor, Tensor]:
     """The ``attention_varlen`` op."""
-    _refuse_unsupported("attention_varlen", query, key, value)
+    _refuse("attention_varlen", attention_fwd.refusals(query, key, value))
     return attention_fwd.forward_varlen(query, key, value, *options)
 
 
@@ -54,6 +55,18 @@ def backward_varlen(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     return attention_bwd.backward_varlen(*arguments)
 
 
-def _refuse_unsupported(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
-    if reasons := attention_fwd.refusals(query, key, value):
-        raise UnsupportedError(f"{op} on CUDA", reasons, _ADVICE)
+def decode(query, key_cache, value_cache, *options) -> tuple[Tensor, Tensor]:
+    """The ``attention_decode`` op."""
+    _refuse("attention_decode", attention_fwd.refusals(query, key_cache, value_cache))
+    return triton_decode.decode(query, key_cache, value_cache, *options)
+
+
+def latent_decode(q_latent, q_rope, cache, *options) -> tuple[Tensor, Tensor]:
+    """The ``mla_decode`` op."""
+    _refuse("mla_decode", triton_decode.latent_refusals(q_latent, q_rope))
+    return triton_decode.latent_decode(q_latent, q_rope, cache, *options)
+
+
+def _refuse(op: str, reasons: list[str]) -> None:
+    if reasons:
+        raise UnsupportedError(f"{op} on CUDA", reasons, _ADVICE.format(op))

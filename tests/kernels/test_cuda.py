@@ -45,3 +45,33 @@ def test_a_refusal_names_every_reason():
     with pytest.raises(UnsupportedError, match="attention on CUDA") as refusal:
         cuda.forward(*inputs, None, None, *OPTIONS)
     assert len(refusal.value.reasons) == 3
+
+
+LENGTHS = torch.tensor([3, 9])
+
+
+def test_attention_to_a_cache_goes_to_triton():
+    head_map = head_maps()["uneven"]
+    inputs = qkv(head_map, 2, (1, 9))
+    out = cuda.decode(*inputs, LENGTHS, None, head_map.q_to_k, head_map.q_to_v, None, 0.25, 0.0)
+    expected = reference.attention_decode(*inputs, cache_lengths=LENGTHS, head_map=head_map)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    queries = torch.randn(2, 3, 1, 16), torch.randn(2, 3, 1, 8)
+    cache = torch.randn(2, 9, 24)
+    torch.testing.assert_close(
+        cuda.latent_decode(*queries, cache, LENGTHS, None, 0.2),
+        reference.mla_decode(*queries, cache, cache_lengths=LENGTHS, scale=0.2),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+def test_a_refusal_to_attend_to_a_cache_names_every_reason():
+    inputs = qkv(head_maps()["gqa"], 1, (1, 3), (300, 4), dtype=torch.float64)
+    with pytest.raises(UnsupportedError, match="attention_decode on CUDA") as refusal:
+        cuda.decode(*inputs, LENGTHS[:1], None, None, None, None, 0.25, 0.0)
+    assert len(refusal.value.reasons) == 3
+    queries = [torch.randn(1, 1, 1, dim, dtype=torch.float64) for dim in (600, 64)]
+    with pytest.raises(UnsupportedError, match="mla_decode on CUDA") as refusal:
+        cuda.latent_decode(*queries, torch.randn(1, 3, 664).double(), LENGTHS[:1], None, 0.1)
+    assert len(refusal.value.reasons) == 3

@@ -20,24 +20,47 @@ def refusals(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
 
     Launchers rely on the caller having asked.
     """
-    reasons = []
-    if query.dtype not in _DTYPES:
-        reasons.append(
-            f"query has dtype {query.dtype}; float16, bfloat16 and float32 are supported"
-        )
+    reasons = dtype_refusals(query)
     for name, tensor in (("key", key), ("value", value)):
         if tensor.dtype != query.dtype:
             reasons.append(f"{name} has dtype {tensor.dtype}, but query has {query.dtype}")
     for name, tensor in (("query and key", query), ("value", value)):
         if not 8 <= tensor.shape[-1] <= 256:
             reasons.append(f"{name} have head dim {tensor.shape[-1]}; 8 to 256 are supported")
-    if query.device.type == "cuda":
-        if torch.version.hip:
-            reasons.append("there are no tile tables for ROCm devices")
-        elif torch.cuda.get_device_capability(query.device) < (8, 0):
-            capability = torch.cuda.get_device_capability(query.device)
-            reasons.append(f"the device has compute capability {capability}; 8.0 is the lowest")
-    return reasons
+    return reasons + device_refusals(query.device)
+
+
+def dtype_refusals(query: Tensor) -> list[str]:
+    """Why the kernels cannot run queries of this data type."""
+    if query.dtype in _DTYPES:
+        return []
+    return [f"query has dtype {query.dtype}; float16, bfloat16 and float32 are supported"]
+
+
+def device_refusals(device: torch.device) -> list[str]:
+    """Why the kernels cannot run on this device."""
+    if device.type != "cuda":
+        return []
+    if torch.version.hip:
+        return ["there are no tile tables for ROCm devices"]
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return [f"the device has compute capability {capability}; 8.0 is the lowest"]
+    return []
+
+
+def same_map(q_to_k: Tensor | None, q_to_v: Tensor | None, num_k: int, num_v: int) -> bool:
+    """Whether keys and values are known to be shared by the same groups of query heads."""
+    if num_k != num_v:
+        return False
+    if q_to_k is None or q_to_v is None:
+        return q_to_k is q_to_v
+    # Not a comparison of entries, which would wait for the device.
+    return q_to_k is q_to_v or (
+        q_to_k.data_ptr() == q_to_v.data_ptr()
+        and q_to_k.shape == q_to_v.shape
+        and q_to_k.stride() == q_to_v.stride()
+    )
 
 
 @dataclass(frozen=True)
@@ -91,22 +114,13 @@ class Problem:
     @property
     def same_map(self) -> bool:
         """Whether keys and values are known to be shared by the same groups of query heads."""
-        if self.num_k_heads != self.num_v_heads:
-            return False
-        if self.q_to_k is None or self.q_to_v is None:
-            return self.q_to_k is self.q_to_v
-        # Not a comparison of entries, which would wait for the device.
-        return self.q_to_k is self.q_to_v or (
-            self.q_to_k.data_ptr() == self.q_to_v.data_ptr()
-            and self.q_to_k.shape == self.q_to_v.shape
-            and self.q_to_k.stride() == self.q_to_v.stride()
-        )
+        return same_map(self.q_to_k, self.q_to_v, self.num_k_heads, self.num_v_heads)
 
     def strides(self, x: Tensor) -> tuple[Any, ...]:
         """Strides of a dense or packed tensor, as kernels take them."""
         if self.packed:
-            return _in_granules(None, x.stride(1), x.stride(0), x.stride(2))
-        return _in_granules(*x.stride())
+            return in_granules(None, x.stride(1), x.stride(0), x.stride(2))
+        return in_granules(*x.stride())
 
     def allocate(self, like: Tensor, head_dim: int) -> Tensor:
         """An output with the tokens and heads of ``like``, stored tokens-major.
@@ -157,7 +171,7 @@ class Problem:
         if bias is not None:
             shape = (self.num_samples, self.num_q_heads, self.num_queries, self.num_keys)
             bias = bias.expand(shape)
-        q_to_k, q_to_v = (_rows(index) for index in (self.q_to_k, self.q_to_v))
+        q_to_k, q_to_v = (contiguous(index) for index in (self.q_to_k, self.q_to_v))
         head_dim, value_dim = self.query.shape[-1], self.value.shape[-1]
         return {
             "q": self.query,
@@ -167,27 +181,27 @@ class Problem:
             "v": self.value,
             "v_strides": self.strides(self.value),
             "bias": bias,
-            "bias_strides": None if bias is None else _in_granules(*bias.stride()),
+            "bias_strides": None if bias is None else in_granules(*bias.stride()),
             "q_to_k": q_to_k,
-            "q_to_k_stride": _row_stride(q_to_k),
+            "q_to_k_stride": row_stride(q_to_k),
             "q_to_v": q_to_v,
-            "q_to_v_stride": _row_stride(q_to_v),
-            "key_lengths": _rows(self.key_lengths),
-            "cu_seqlens_q": _rows(self.cu_seqlens_q),
-            "cu_seqlens_k": _rows(self.cu_seqlens_k),
+            "q_to_v_stride": row_stride(q_to_v),
+            "key_lengths": contiguous(self.key_lengths),
+            "cu_seqlens_q": contiguous(self.cu_seqlens_q),
+            "cu_seqlens_k": contiguous(self.cu_seqlens_k),
             "num_q_heads": self.num_q_heads,
             "num_k_heads": self.num_k_heads,
             "num_v_heads": self.num_v_heads,
             "num_queries": self.num_queries,
             "num_keys": self.num_keys,
-            "window_left": _clamped(self.window_left),
-            "window_right": _clamped(self.window_right),
+            "window_left": clamped(self.window_left),
+            "window_right": clamped(self.window_right),
             "scale": self.scale,
             "softcap": self.softcap if self.softcap > 0 else None,
             "DIM_QK": head_dim,
             "DIM_V": value_dim,
-            "BLOCK_QK": _padded(head_dim),
-            "BLOCK_V": _padded(value_dim),
+            "BLOCK_QK": padded(head_dim),
+            "BLOCK_V": padded(value_dim),
         }
 
 
@@ -211,28 +225,32 @@ NOT_SPECIALIZED = (
 )
 
 
-def _in_granules(batch: int | None, heads: int, tokens: int, dim: int) -> tuple[Any, ...]:
+def in_granules(batch: int | None, heads: int, tokens: int, dim: int) -> tuple[Any, ...]:
     """The strides and the largest granule, 8 elements or 1, of which the first three are multiples.
 
     Triton itself only notices multiples of 16, which the rows of a head dim of 40 or 72 are not.
     """
     outer = (batch, heads, tokens)
     granule = 1 if any(stride is not None and stride % 8 for stride in outer) else 8
-    in_granules = (None if stride is None else stride // granule for stride in outer)
-    return (*in_granules, dim, tl.constexpr(granule))
+    counted = (None if stride is None else stride // granule for stride in outer)
+    return (*counted, dim, tl.constexpr(granule))
 
 
-def _rows(x: Tensor | None) -> Tensor | None:
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """An index as the kernels read it, without strides."""
     return None if x is None else x.contiguous()
 
 
-def _row_stride(index: Tensor | None) -> int:
+def row_stride(index: Tensor | None) -> int:
+    """How far apart the rows of a contiguous index lie; 0 where there is one for all samples."""
     return index.shape[-1] if index is not None and index.dim() == 2 else 0
 
 
-def _clamped(window: int | None) -> int | None:
+def clamped(window: int | None) -> int | None:
+    """A limit of the window that 32 bits hold, also after adding a position."""
     return None if window is None else max(-_LARGEST_WINDOW, min(window, _LARGEST_WINDOW))
 
 
-def _padded(dim: int) -> int:
+def padded(dim: int) -> int:
+    """The number of columns of a tile for this many."""
     return max(16, 1 << (dim - 1).bit_length())

@@ -136,3 +136,75 @@ def tile(
 def programs_wanted(arch: str) -> int:
     """How many programs fill a device, a few for each multiprocessor."""
     return 8 if arch == "interpreted" else 512
+
+
+# Attention to a cache, which has to keep the memory busy: a stage of its pipeline holds about
+# 32 KiB, and two programs share a multiprocessor where they fit. The key is the number of columns,
+# of keys and values together, that are loaded for each token.
+# largest number of columns -> (tokens, warps, stages), for elements of two bytes
+_DECODE = {
+    128: (128, 4, 3),
+    256: (64, 4, 3),
+    512: (32, 4, 3),
+    1024: (32, 8, 2),
+}
+# Latent attention by rows; 64 rows are bound by their matmuls. Wider rows than 576 take fewer.
+_DECODE_LATENT = {16: (32, 8, 3), 32: (32, 8, 3), 64: (64, 8, 2)}
+# Elements of four bytes are multiplied outside of the tensor cores, 16 rows at a time.
+_DECODE_SINGLE = {256: (32, 8, 2), 512: (16, 8, 2), 1024: (16, 8, 1)}
+
+
+def decode_tile(
+    arch: str, element_size: int, rows: int, columns: int, *, latent: bool, paged: bool
+) -> Tile:
+    """The tile of attention to a cache.
+
+    Args:
+        arch: The family of the device.
+        element_size: Bytes of an element.
+        rows: How many query rows there are to share a key head.
+        columns: Columns that are loaded for each token.
+        latent: Whether keys are the values too.
+        paged: Whether a block table says where tokens are.
+    """
+    if arch == "interpreted":
+        return Tile(16, 32, 4, 1)
+    is_ampere = arch in ("sm80", "sm86")
+    most = 64
+    if element_size == 4:
+        most = 16
+    elif (latent and columns > 576) or (is_ampere and columns > 256):
+        most = 32
+    rows = max(16, min(1 << (rows - 1).bit_length(), most))
+    table = _DECODE if element_size == 2 else _DECODE_SINGLE
+    tokens, warps, stages = table[next(largest for largest in table if columns <= largest)]
+    if latent and element_size == 2:
+        tokens, warps, stages = _DECODE_LATENT[rows]
+        if arch == "sm100" and rows == 64:
+            tokens = 32  # Triton 3.6 passes its accumulator through shared memory.
+    if rows == 64:
+        warps = 8
+    if arch == "sm86":
+        tokens = max(16, tokens // 2)
+    if paged:
+        # A look-up in the block table is a stage of its own before each of the others.
+        stages = 2 * stages - 1
+    return Tile(rows, tokens, warps, stages)
+
+
+def smallest_split(arch: str) -> int:
+    """How many tokens are worth a program of their own: about 64 KiB of keys and values."""
+    return 32 if arch == "interpreted" else 128
+
+
+def resident_programs(device: torch.device, tile: Tile, bytes_per_token: int, paged: bool) -> int:
+    """How many programs of attention to a cache a device runs at a time, by its shared memory."""
+    if device.type != "cuda":
+        return 8
+    # A load is under way while the tile before it is used.
+    buffers = tile.num_stages // 2 if paged else tile.num_stages - 1
+    needed = bytes_per_token * tile.columns * max(1, buffers)
+    together = SHARED_MEMORY[architecture(device)] // needed
+    # More would not find enough registers.
+    together = max(1, min(together, max(2, 12 // tile.num_warps)))
+    return together * torch.cuda.get_device_properties(device).multi_processor_count
