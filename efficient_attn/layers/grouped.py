@@ -57,7 +57,7 @@ class GroupedQueryAttention(nn.Module):
         - output: ``(B, N, E)``
 
     To build on this layer, override a step of ``forward``: :meth:`project`,
-    :meth:`choose_head_map` or :meth:`combine`.
+    :meth:`choose_head_map`, :meth:`attend` or :meth:`combine`.
     """
 
     def __init__(
@@ -226,7 +226,7 @@ class GroupedQueryAttention(nn.Module):
             key, value = cache.filled()
             key_lengths = cache.lengths if cache.is_ragged else None
         options |= {"causal": self.causal, "bias": bias, "key_lengths": key_lengths}
-        return self.combine(attention(query, key, value, **options))
+        return self.combine(self.attend(query, key, value, **options))
 
     def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query ``(B, Hq, N, D)``, key ``(B, Hk, M, D)`` and value ``(B, Hv, M, Dv)`` heads."""
@@ -238,6 +238,13 @@ class GroupedQueryAttention(nn.Module):
     def choose_head_map(self, query: Tensor, key: Tensor, value: Tensor) -> HeadMap:
         """The map of this call, given the heads as projected; here the layer's own."""
         return self.head_map
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: object) -> Tensor:
+        """Attended heads ``(B, Hq, N, Dv)``, by default those of :func:`efficient_attn.attention`.
+
+        Not called for a few new tokens behind a cache, which are decoded.
+        """
+        return attention(query, key, value, **options)
 
     def combine(self, out: Tensor) -> Tensor:
         """From attended heads ``(B, Hq, N, Dv)`` to tokens ``(B, N, E)``."""
