@@ -16,6 +16,10 @@ constexpr int64_t kDecodeBlock = 64;
 // Rows of scratch are padded to a multiple of this, the widest vector there is.
 constexpr int64_t kDecodePadding = 32;
 
+inline int64_t padded(int64_t size) {
+  return (size + kDecodePadding - 1) / kDecodePadding * kDecodePadding;
+}
+
 template <typename Value>
 using RealOf = std::conditional_t<std::is_same_v<Value, double>, double, float>;
 

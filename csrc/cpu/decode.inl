@@ -8,15 +8,16 @@
 template <typename Value>
 using Packed = typename Dot<Value>::Packed;
 
-// Where the tokens [begin, begin + count) of a cache lie.
+// Where the tokens of a block of a cache lie.
 template <typename Value>
 struct CacheBlock {
   int64_t count;
   int64_t offsets[kDecodeBlock];   // of each token, before that of the head
   int64_t gathered[kDecodeBlock];  // of each token in a copy
 
-  EA_HOST_DEVICE CacheBlock(const CachedRows<Value>& cache, int64_t begin, int64_t count)
-      : count(count) {
+  // The block from `begin` on, or what there is of it before `end`.
+  EA_HOST_DEVICE void locate(const CachedRows<Value>& cache, int64_t begin, int64_t end) {
+    count = end - begin < kDecodeBlock ? end - begin : kDecodeBlock;
     int64_t block = begin / cache.page_size, row = begin % cache.page_size;
     for (int64_t t = 0; t < count; ++block, row = 0) {
       const int64_t page = cache.pages.data ? cache.pages.at(block) : cache.only_page;
@@ -49,6 +50,14 @@ struct HeadRows {
 };
 
 template <typename Value>
+EA_HOST_DEVICE RowsAhead<Value> rows_ahead(
+    const CachedRows<Value>& cache, const CacheBlock<Value>& block, int64_t head) {
+  // Rows that have to be gathered are not worth asking for.
+  const int64_t count = cache.dim_step == 1 ? block.count : 0;
+  return {cache.data + head * cache.head_step, block.offsets, count, cache.dim};
+}
+
+template <typename Value>
 void pack_queries(const DecodePart<Value>& part) {
   auto* packed = reinterpret_cast<Packed<Value>*>(part.packed_queries);
   for (int64_t r = 0; r < part.rows; ++r, packed += part.query_step) {
@@ -70,10 +79,12 @@ void pack_queries(const DecodePart<Value>& part) {
 // Scores of the rows [first, first + count), which read one key head.
 template <int kRows, typename Value>
 void score_rows(
-    const DecodePart<Value>& part, const HeadRows<Value>& keys, int64_t count, int64_t first) {
+    const DecodePart<Value>& part, const HeadRows<Value>& keys, int64_t count, int64_t first,
+    const RowsAhead<Value>& ahead) {
   const auto* queries = reinterpret_cast<const Packed<Value>*>(part.packed_queries);
   for (int64_t t = 0; t < count; t += 4) {
     const Value* key[4];
+    for (int64_t i = 0; i < 4; ++i) ahead.fetch(t + i, 0, ahead.dim);
     // Past the last token, its own row stands in; what comes of that is masked.
     for (int64_t i = 0; i < 4; ++i) {
       key[i] = keys.base + keys.offsets[t + i < count ? t + i : count - 1];
@@ -111,7 +122,7 @@ void soften_row(const DecodePart<Value>& part, int64_t row, int64_t from, int64_
   for (int i = 0; i < count; ++i) {
     scores[i] = exp_nonpositive(scores[i] - shift);
     sum += scores[i];
-    store(weights + i * step, scores[i]);
+    Dot<Value>::pack(weights + i * step, scores[i]);
   }
   Vec change = {};
   change[0] = before - shift;
@@ -125,10 +136,10 @@ void soften_row(const DecodePart<Value>& part, int64_t row, int64_t from, int64_
 template <int kRows, typename Value>
 void weigh_rows(
     const DecodePart<Value>& part, const HeadRows<Value>& values, int64_t count,
-    const int32_t* rows) {
+    const int32_t* rows, const RowsAhead<Value>& ahead) {
   using Real = RealOf<Value>;
-  constexpr int wide = 4, narrow = Dot<Value>::step / lanes<Real>;
-  WeighedTile<Value> tile{values.base, values.offsets, count, {}, {}, {}};
+  constexpr int wide = kRows <= 2 ? 8 : 4, narrow = Dot<Value>::step / lanes<Real>;
+  WeighedTile<Value> tile{values.base, values.offsets, count, {}, {}, {}, ahead, 0, 0};
   for (int r = 0; r < kRows; ++r) {
     tile.weights[r] = reinterpret_cast<Packed<Value>*>(part.weights) + rows[r] * kDecodeBlock;
     tile.fade[r] = part.fade[rows[r]];
@@ -136,6 +147,7 @@ void weigh_rows(
   }
   for (int64_t rest = part.value.dim, columns; rest > 0; rest -= columns) {
     columns = rest;
+    tile.fetch_to = rest > wide * lanes<Real> ? tile.fetch_from + wide * lanes<Real> : ahead.dim;
     if (rest >= wide * lanes<Real>) {
       weigh_tile<kRows, wide>(tile, columns = wide * lanes<Real>);
     } else if (rest >= narrow * lanes<Real>) {
@@ -144,28 +156,37 @@ void weigh_rows(
       weigh_tile<kRows, 0>(tile, columns);
     }
     tile.values += columns;
+    tile.fetch_from = tile.fetch_to;
     for (int r = 0; r < kRows; ++r) tile.weighted[r] += columns;
+  }
+}
+
+// Tiles of at most four rows; the first one asks for the rows ahead.
+template <typename Value>
+void score_keys(
+    const DecodePart<Value>& part, const HeadRows<Value>& keys, int64_t count,
+    const HeadReaders& readers, RowsAhead<Value> ahead) {
+  int64_t row = readers.first, rest = readers.count;
+  for (; rest > 0; row += 4, rest -= 4, ahead.count = 0) {
+    if (rest >= 4) score_rows<4>(part, keys, count, row, ahead);
+    if (rest == 3) score_rows<3>(part, keys, count, row, ahead);
+    if (rest == 2) score_rows<2>(part, keys, count, row, ahead);
+    if (rest == 1) score_rows<1>(part, keys, count, row, ahead);
   }
 }
 
 template <typename Value>
 void weigh_values(
     const DecodePart<Value>& part, const HeadRows<Value>& values, int64_t count,
-    const int32_t* rows, int64_t num_rows) {
-  for (; num_rows >= 4; rows += 4, num_rows -= 4) weigh_rows<4>(part, values, count, rows);
-  if (num_rows == 3) weigh_rows<3>(part, values, count, rows);
-  if (num_rows == 2) weigh_rows<2>(part, values, count, rows);
-  if (num_rows == 1) weigh_rows<1>(part, values, count, rows);
-}
-
-template <typename Value>
-void score_keys(
-    const DecodePart<Value>& part, const HeadRows<Value>& keys, int64_t count, int64_t row,
-    int64_t num_rows) {
-  for (; num_rows >= 4; row += 4, num_rows -= 4) score_rows<4>(part, keys, count, row);
-  if (num_rows == 3) score_rows<3>(part, keys, count, row);
-  if (num_rows == 2) score_rows<2>(part, keys, count, row);
-  if (num_rows == 1) score_rows<1>(part, keys, count, row);
+    const HeadReaders& readers, RowsAhead<Value> ahead) {
+  const int32_t* rows = part.value_rows + readers.first;
+  int64_t rest = readers.count;
+  for (; rest > 0; rows += 4, rest -= 4, ahead.count = 0) {
+    if (rest >= 4) weigh_rows<4>(part, values, count, rows, ahead);
+    if (rest == 3) weigh_rows<3>(part, values, count, rows, ahead);
+    if (rest == 2) weigh_rows<2>(part, values, count, rows, ahead);
+    if (rest == 1) weigh_rows<1>(part, values, count, rows, ahead);
+  }
 }
 
 // out = weighted / sum; zeros where nothing was seen.
@@ -192,25 +213,35 @@ void decode_part(const DecodePart<Value>& part) {
     part.sum[r] = 0;
     for (int64_t d = 0; d < part.weighted_step; ++d) part.weighted[r * part.weighted_step + d] = 0;
   }
+  const bool values_in_keys = part.value.data == part.key.data;
+  CacheBlock<Value> keys, values, next_keys;
+  next_keys.locate(part.key, part.begin, part.end);
   for (int64_t begin = part.begin; begin < part.end; begin += kDecodeBlock) {
-    const int64_t rest = part.end - begin, count = rest < kDecodeBlock ? rest : kDecodeBlock;
-    const CacheBlock<Value> keys(part.key, begin, count), values(part.value, begin, count);
+    keys = next_keys;
+    values.locate(part.value, begin, part.end);
+    next_keys.locate(part.key, begin + kDecodeBlock, part.end);
+    const int64_t count = keys.count;
+
     for (int64_t k = 0; k < part.num_key_heads; ++k) {
-      const HeadReaders& readers = part.key_heads[k];
-      const HeadRows<Value> rows(part.key, keys, readers.head, part.gathered);
-      score_keys(part, rows, count, readers.first, readers.count);
+      const RowsAhead<Value> ahead =
+          k + 1 < part.num_key_heads ? rows_ahead(part.key, keys, part.key_heads[k + 1].head)
+          : values_in_keys           ? RowsAhead<Value>{}
+                                     : rows_ahead(part.value, values, part.value_heads[0].head);
+      const HeadRows<Value> rows(part.key, keys, part.key_heads[k].head, part.gathered);
+      score_keys(part, rows, count, part.key_heads[k], ahead);
     }
     for (int64_t r = 0; r < part.rows; ++r) {
       const int64_t last = part.newest + r % part.tokens - begin;
-      int64_t from = part.window_left < 0 ? 0 : last - part.window_left, to = last + 1;
-      from = from < 0 ? 0 : from;
-      to = to > count ? count : to;
-      soften_row(part, r, from, to);
+      const int64_t from = part.window_left < 0 ? 0 : last - part.window_left;
+      soften_row(part, r, from < 0 ? 0 : from, last < count ? last + 1 : count);
     }
     for (int64_t v = 0; v < part.num_value_heads; ++v) {
-      const HeadReaders& readers = part.value_heads[v];
-      const HeadRows<Value> rows(part.value, values, readers.head, part.gathered);
-      weigh_values(part, rows, count, part.value_rows + readers.first, readers.count);
+      const RowsAhead<Value> ahead =
+          v + 1 < part.num_value_heads
+              ? rows_ahead(part.value, values, part.value_heads[v + 1].head)
+              : rows_ahead(part.key, next_keys, part.key_heads[0].head);
+      const HeadRows<Value> rows(part.value, values, part.value_heads[v].head, part.gathered);
+      weigh_values(part, rows, count, part.value_heads[v], ahead);
     }
   }
   for (int64_t r = 0; r < part.rows; ++r) {

@@ -12,6 +12,8 @@ struct Dot {
   static EA_HOST_DEVICE auto some(const T* p, int64_t count) { return load_some(p, count); }
   template <typename Vec>
   static EA_HOST_DEVICE Vec add_product(Vec sum, Vec a, Vec b) { return sum + a * b; }
+  template <typename Vec>
+  static EA_HOST_DEVICE void pack(Packed* p, Vec v) { store(p, v); }
 };
 
 #if EA_BF16_DOT
@@ -25,6 +27,9 @@ struct Dot<BFloat16> {
   }
   static EA_HOST_DEVICE F32 add_product(F32 sum, __m512i a, __m512i b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+  }
+  static EA_HOST_DEVICE void pack(BFloat16* p, F32 v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
   }
 };
 #endif
@@ -51,8 +56,11 @@ EA_HOST_DEVICE void score_tile(
     }
   }
   if (at < dim) {
+    // Unrolled, or the sums would have to leave their registers.
+    EA_PRAGMA(GCC unroll 4)
     for (int t = 0; t < 4; ++t) {
       const auto key = D::some(keys[t] + at, dim - at);
+      EA_PRAGMA(GCC unroll 4)
       for (int r = 0; r < kRows; ++r) {
         sums[r][t] = D::add_product(sums[r][t], D::vector(queries + r * query_step + at), key);
       }
@@ -60,6 +68,22 @@ EA_HOST_DEVICE void score_tile(
   }
   for (int r = 0; r < kRows; ++r) sum_lanes_of_4(sums[r], scores + r * score_step);
 }
+
+// Rows that are wanted next. They are asked for while the ones before them are multiplied, so that
+// memory is never idle.
+template <typename Value>
+struct RowsAhead {
+  const Value* base;
+  const int64_t* offsets;
+  int64_t count, dim;
+
+  EA_HOST_DEVICE void fetch(int64_t t, int64_t from, int64_t to) const {
+    constexpr int64_t line = 64 / sizeof(Value);
+    if (t >= count) return;
+    const Value* row = base + offsets[t];
+    for (int64_t d = from; d < to; d += line) __builtin_prefetch(row + d, 0, 2);
+  }
+};
 
 // A tile of `weighted`: rows[r] of it, from one column on.
 template <typename Value>
@@ -71,6 +95,8 @@ struct WeighedTile {
   const typename Dot<Value>::Packed* weights[4];
   Real fade[4];              // what is there already counts so much
   Real* weighted[4];         // at the first column of the tile
+  RowsAhead<Value> ahead;    // to be fetched meanwhile, in these columns
+  int64_t fetch_from, fetch_to;
 };
 
 // weighted[r][..] = fade[r] * weighted[r][..] + sum over t of weights[r][t] * values[t][..], for
@@ -86,6 +112,7 @@ EA_HOST_DEVICE void weigh_tile(const WeighedTile<Value>& tile, int64_t columns) 
     }
   }
   for (int64_t t = 0; t < tile.tokens; ++t) {
+    tile.ahead.fetch(t, tile.fetch_from, tile.fetch_to);
     const Value* row = tile.values + tile.offsets[t];
     for (int v = 0; v < count; ++v) {
       const auto value = kVectors ? load(row + v * lanes<Real>) : load_some(row, columns);
@@ -122,6 +149,8 @@ EA_HOST_DEVICE void weigh_tile(const WeighedTile<BFloat16>& tile, int64_t column
     high = _mm512_loadu_si512(index[1]);
   }
   for (int64_t t = 0; t < tile.tokens; t += 2) {
+    tile.ahead.fetch(t, tile.fetch_from, tile.fetch_to);
+    tile.ahead.fetch(t + 1, tile.fetch_from, tile.fetch_to);
     const BFloat16* row = tile.values + tile.offsets[t];
     // The weight of what follows the last token is zero, and it is not read.
     const BFloat16* next = t + 1 < tile.tokens ? tile.values + tile.offsets[t + 1] : row;

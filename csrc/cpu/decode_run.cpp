@@ -17,10 +17,6 @@ namespace {
 // Below this much work for a thread, waking another one costs more than it brings.
 constexpr int64_t kBytesPerThread = 128 << 10;
 
-int64_t padded(int64_t dim) {
-  return (dim + kDecodePadding - 1) / kDecodePadding * kDecodePadding;
-}
-
 // The partial results of every split, and how many of a group are still to come.
 template <typename Value>
 struct Partials {

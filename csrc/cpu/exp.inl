@@ -63,18 +63,36 @@ EA_HOST_DEVICE void sum_lanes_of_4(const Vec (&v)[4], Real* sums) {
 }
 
 #if EA_VECTOR_BYTES >= 32
-EA_HOST_DEVICE __m256 half_sum(F32 v) {
+// The lower (0) or upper (1) eight lanes; of eight, all of them.
+template <int kHalf>
+EA_HOST_DEVICE __m256 half(F32 v) {
 #if EA_VECTOR_BYTES == 64
-  return _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, v, 0),
-                       _mm512_maskz_extractf32x8_ps(0xff, v, 1));
+  return _mm512_maskz_extractf32x8_ps(0xff, v, kHalf);  // Unmasked, GCC 12 warns.
 #else
   return v;
 #endif
+}
+
+EA_HOST_DEVICE __m256 half_sum(F32 v) {
+  return EA_VECTOR_BYTES == 64 ? _mm256_add_ps(half<0>(v), half<1>(v)) : half<0>(v);
 }
 
 EA_HOST_DEVICE void sum_lanes_of_4(const F32 (&v)[4], float* sums) {
   const __m256 halves = _mm256_hadd_ps(_mm256_hadd_ps(half_sum(v[0]), half_sum(v[1])),
                                        _mm256_hadd_ps(half_sum(v[2]), half_sum(v[3])));
   _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+}
+
+EA_HOST_DEVICE float lane_sum(F32 v) {
+  const __m256 eight = half_sum(v);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  return (four[0] + four[1]) + (four[2] + four[3]);
+}
+
+EA_HOST_DEVICE float lane_max(F32 v) {
+  const __m256 eight = _mm256_max_ps(half<0>(v), half<1>(v));
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const float a = four[0] > four[1] ? four[0] : four[1], b = four[2] > four[3] ? four[2] : four[3];
+  return a > b ? a : b;
 }
 #endif

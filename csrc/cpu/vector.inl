@@ -22,12 +22,18 @@ EA_HOST_DEVICE F32 widen(BFloat16, U16 bits) {
 }
 
 EA_HOST_DEVICE F32 widen(Half, U16 bits) {
+#if EA_VECTOR_BYTES == 64
+  return _mm512_maskz_cvtph_ps(0xffff, bits_of<__m256i>(bits));  // Unmasked, GCC 12 warns.
+#elif EA_VECTOR_BYTES == 32
+  return _mm256_cvtph_ps(bits_of<__m128i>(bits));
+#else
   const U32 wide = __builtin_convertvector(bits, U32);
   const U32 magnitude = (wide & 0x7fffu) << 13;
   // The exponent biases differ by 112; multiplying also normalises what is subnormal in fp16.
   const U32 finite = bits_of<U32>(bits_of<F32>(magnitude) * 0x1p112f);
   const U32 value = magnitude >= 0x0f800000u ? (magnitude | 0x7f800000u) : finite;
   return bits_of<F32>(value | (wide & 0x8000u) << 16);
+#endif
 }
 
 // fp32, rounded to nearest even.
@@ -89,6 +95,19 @@ EA_HOST_DEVICE auto load_some(const Value* p, int64_t count) {
   for (int64_t i = 0; i < count; ++i) lane[i] = p[i];
   return load(lane);
 }
+
+#if EA_VECTOR_BYTES == 64
+EA_HOST_DEVICE F32 load_some(const float* p, int64_t count) {
+  return _mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
+}
+
+template <typename Narrow>
+EA_HOST_DEVICE F32 load_some_narrow(const Narrow* p, int64_t count) {
+  return widen(Narrow{}, bits_of<U16>(_mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), p)));
+}
+EA_HOST_DEVICE F32 load_some(const BFloat16* p, int64_t n) { return load_some_narrow(p, n); }
+EA_HOST_DEVICE F32 load_some(const Half* p, int64_t n) { return load_some_narrow(p, n); }
+#endif
 
 template <typename Value, typename Vector>
 EA_HOST_DEVICE void store_some(Value* p, Vector v, int64_t count) {

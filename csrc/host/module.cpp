@@ -8,7 +8,10 @@
 
 #include "common/head_map.h"
 #include "common/online_softmax.h"
+#include "cpu/decode.h"
+#include "cpu/head_families.h"
 #include "cpu/merge_states.h"
+#include "host/decode_door.h"
 
 #define EA_BODY "host/probes.inl"
 #include "cpu/for_each_isa.h"
@@ -118,6 +121,21 @@ std::vector<float> round_trip(
   return values;
 }
 
+// Each family as (query heads, key heads, value heads), the last two as (head, first, count), and
+// the positions that value heads count.
+py::list head_families(
+    const std::vector<int32_t>& q_to_k, const std::vector<int32_t>& q_to_v, int num_k_heads,
+    int num_v_heads) {
+  py::list result;
+  for (const auto& family : ea::cpu::head_families(q_to_k, q_to_v, num_k_heads, num_v_heads)) {
+    py::list keys, values;
+    for (const auto& x : family.keys) keys.append(py::make_tuple(x.head, x.first, x.count));
+    for (const auto& x : family.values) values.append(py::make_tuple(x.head, x.first, x.count));
+    result.append(py::make_tuple(family.heads, keys, values, family.value_members));
+  }
+  return result;
+}
+
 State merge_softmax(const State& a, const State& b) {
   const auto merged = ea::merge(state_of(a), state_of(b));
   return {merged.max, merged.sum};
@@ -135,6 +153,25 @@ PYBIND11_MODULE(_host, m) {
   m.def("instruction_sets", &instruction_sets, "Those that this processor runs, widest last.");
   m.def("merge_row", &merge_row, py::arg("isa"), py::arg("parts"), py::arg("lses"),
         "One row of merge_states as (out, lse), on one instruction set.");
+  m.def("head_families", &head_families, py::arg("q_to_k"), py::arg("q_to_v"),
+        py::arg("num_k_heads"), py::arg("num_v_heads"),
+        "The query heads that are served together, with the cached heads that they read.");
+  m.def("decode_part",
+        [](const std::string& isa, const std::string& dtype, const ea::host::Rows& queries,
+           const ea::host::Rows& keys, const ea::host::Rows& values, int64_t tokens,
+           int64_t window_left, float scale, float softcap) {
+          return ea::host::decode_part(isa_of(isa), dtype, queries, keys, values, tokens,
+                                       window_left, scale, softcap);
+        },
+        py::arg("isa"), py::arg("dtype"), py::arg("queries"), py::arg("keys"), py::arg("values"),
+        py::arg("tokens"), py::arg("window_left"), py::arg("scale"), py::arg("softcap"),
+        "Attention of some queries to the rows of one head as (outs, lses).");
+  m.def("exp", [](const std::string& isa, const std::vector<float>& values) {
+          return ea::host::exp_of(isa_of(isa), values);
+        }, py::arg("isa"), py::arg("values"), "exp of nothing positive, on one instruction set.");
+  m.def("tanh", [](const std::string& isa, const std::vector<float>& values) {
+          return ea::host::tanh_of(isa_of(isa), values);
+        }, py::arg("isa"), py::arg("values"), "tanh on one instruction set.");
   m.def("round_trip", &round_trip, py::arg("isa"), py::arg("dtype"), py::arg("values"),
         "fp32 to a 16-bit type and back, on one instruction set.");
   m.def("merge_softmax", &merge_softmax, py::arg("a"), py::arg("b"),
