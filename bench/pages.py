@@ -33,7 +33,7 @@ def filled(page: str, root: Path = ROOT) -> str:
 
 def markdown(records: list[dict]) -> str:
     """Where the results were taken, and a table for each kind of them."""
-    tables = [_cache_table(records), _generation_table(records)]
+    tables = [_attention_table(records), _cache_table(records), _generation_table(records)]
     return "\n\n".join([_origin(records), *(table for table in tables if table)])
 
 
@@ -48,6 +48,30 @@ def _origin(records: list[dict]) -> str:
         if key in ceilings:
             said.append(f"{name} {ceilings[key] / 1e9:.1f} GB/s at best")
     return "; ".join(said) + "."
+
+
+def _attention_table(records: list[dict]) -> str:
+    results = [r for r in records if r["kind"] == "result" and r["status"] == "timed"]
+    by_name = {(r["workload"]["name"], r["provider"]): r for r in results}
+    rows = []
+    for ratio in ratios(records):
+        ours, best = by_name[ratio.workload, ratio.ours], by_name[ratio.workload, ratio.baseline]
+        if ours["workload"]["op"] != "attention":
+            continue
+        share = share_of_peak(ours, records)
+        rows.append(
+            (
+                f"`{ratio.workload}`",
+                f"{ours['seconds']['median'] * 1e3:.1f}",
+                NOT_MEASURED if share is None else f"{share:.0%}",
+                ratio.baseline,
+                f"{best['seconds']['median'] * 1e3:.1f}",
+                f"**{ratio.value:.2f}**",
+                *(f"{x['memory']['peak_bytes'] / 1e6:.1f}" for x in (ours, best)),
+            )
+        )
+    heads = ("workload", "ours, ms", "of peak", "fastest of torch", "ms")
+    return _table((*heads, "ratio", "ours, MB at most", "its MB"), rows)
 
 
 def _cache_table(records: list[dict]) -> str:

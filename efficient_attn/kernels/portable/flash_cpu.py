@@ -19,8 +19,8 @@ from efficient_attn.masking import visible
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# From this many keys on, shared heads are laid out one after the other: reading them over and over
-# costs more than one copy of what is there.
+# From this many queries and keys on, a shared head is copied to one place, its tokens side by side:
+# to read it over and over where it lies among others costs more.
 _LONG = 4096
 
 
@@ -42,7 +42,8 @@ def forward(
     """The ``attention`` op without softcap."""
     batch, num_heads, nq, _ = query.shape
     shape = (batch, num_heads, nq, value.shape[-1])
-    key, value = _easy_to_read(query, key, value)
+    # Before a head is copied to the query heads of a chunk, since it is smaller then.
+    key, value = _equal_widths(key, value)
     read = (query, key, value, q_to_k, q_to_v, key_lengths)
     out = lse = None
     for problem in problems(*read, _groups_natively()):
@@ -75,7 +76,8 @@ def backward(
     lse = lse.masked_fill(lse == -torch.inf, 0.0)
     if not _multiplies_natively(query.dtype):
         query, key, value, out, grad_out = (x.float() for x in (query, key, value, out, grad_out))
-    key, value = _easy_to_read(query, key, value)
+    # Before a head is copied to the query heads of a chunk, since it is smaller then.
+    key, value = _equal_widths(key, value)
     read = (query, key, value, q_to_k, q_to_v, key_lengths)
     widths = [shape[-1] for shape in shapes]
     totals: list[Tensor] | None = None
@@ -103,14 +105,6 @@ def backward(
     if totals is None:
         totals = [_zeros(shape, query) for shape in shapes]
     return _finished(totals, dtypes)
-
-
-def _easy_to_read(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-    """Keys and values as wide as the op wants them, before any is copied to several query heads."""
-    width = max(key.shape[-1], value.shape[-1])
-    padded = (pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (key, value))
-    long = key.shape[2] >= _LONG
-    return [x.contiguous() if long and x.shape[1] < query.shape[1] else x for x in padded]
 
 
 def _call(piece: Piece, q, k, v, mask, width, left, right, scale) -> tuple[Tensor, Tensor]:
@@ -145,21 +139,27 @@ def _select(problem: Problem, query, key, value, bias):
             bias = bias.float()
     return (
         query[samples, q_heads],
-        _read_heads(key[samples, :, :length], k_heads),
-        _read_heads(value[samples, :, :length], v_heads),
+        *(
+            _read_heads(x[samples, :, :length], heads, query)
+            for x, heads in ((key, k_heads), (value, v_heads))
+        ),
         bias,
     )
 
 
-def _read_heads(x: Tensor, heads: list[int] | None) -> Tensor:
-    """The named heads of ``x``; a view where they are one head, or neighbours."""
+def _read_heads(x: Tensor, heads: list[int] | None, query: Tensor) -> Tensor:
+    """The named heads of ``x``; a view where they are short, and one head or neighbours."""
+    is_shared = x.shape[1] < query.shape[1]
+    long = is_shared and min(query.shape[2], x.shape[2]) >= _LONG
     if heads is None:
-        return x
+        return x.contiguous() if long else x
     first, count = heads[0], len(heads)
     if heads == [first] * count:
-        return x[:, first : first + 1].expand(-1, count, -1, -1)
+        x = x[:, first : first + 1]
+        return (x.contiguous() if long else x).expand(-1, count, -1, -1)
     if heads == list(range(first, first + count)):
-        return x[:, first : first + count]
+        x = x[:, first : first + count]
+        return x.contiguous() if long else x
     return x.index_select(1, torch.tensor(heads))
 
 
