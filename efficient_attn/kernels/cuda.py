@@ -6,7 +6,7 @@ from torch import Tensor
 
 from efficient_attn.errors import UnsupportedError
 from efficient_attn.kernels import torch_cuda
-from efficient_attn.kernels.triton import attention_bwd, attention_fwd
+from efficient_attn.kernels.triton import attention_bwd, attention_fwd, hyper
 from efficient_attn.kernels.triton import decode as triton_decode
 
 _ADVICE = "efficient_attn.reference.{} computes any input, slowly and in full memory."
@@ -65,6 +65,17 @@ def latent_decode(q_latent, q_rope, cache, *options) -> tuple[Tensor, Tensor]:
     """The ``mla_decode`` op."""
     _refuse("mla_decode", triton_decode.latent_refusals(q_latent, q_rope))
     return triton_decode.latent_decode(q_latent, q_rope, cache, *options)
+
+
+def forward_hyper(query, key, value, *plan_and_scale) -> tuple[Tensor, Tensor]:
+    """The ``hyper_attention`` op."""
+    _refuse("hyper_attention", attention_fwd.refusals(query, key, value))
+    return hyper.forward(query, key, value, *plan_and_scale)
+
+
+def backward_hyper(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``hyper_attention_backward`` op."""
+    return hyper.backward(*arguments)
 
 
 def _refuse(op: str, reasons: list[str]) -> None:

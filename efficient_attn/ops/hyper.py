@@ -31,6 +31,10 @@ _register.implement("hyper_attention", "CompositeExplicitAutograd", f"{_PORTABLE
 _register.implement(
     "hyper_attention_backward", "CompositeExplicitAutograd", f"{_PORTABLE}:backward"
 )
+if _register.TRITON_IS_INSTALLED:
+    _CUDA = "efficient_attn.kernels.cuda"
+    _register.implement("hyper_attention", "CUDA", f"{_CUDA}:forward_hyper")
+    _register.implement("hyper_attention_backward", "CUDA", f"{_CUDA}:backward_hyper")
 
 
 @_register.fake("hyper_attention")

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from efficient_attn import UnsupportedError, reference
+from efficient_attn import HyperConfig, UnsupportedError, reference
+from efficient_attn.planning import make_plan
 from efficient_attn.testing import head_maps, qkv
 
 pytest.importorskip("triton", reason="what is chosen from has to be importable")
@@ -45,6 +46,10 @@ def test_a_refusal_names_every_reason():
     with pytest.raises(UnsupportedError, match="attention on CUDA") as refusal:
         cuda.forward(*inputs, None, None, *OPTIONS)
     assert len(refusal.value.reasons) == 3
+    plan = make_plan(*inputs[:2], causal=False, config=HyperConfig(), seed=0)
+    with pytest.raises(UnsupportedError, match="hyper_attention on CUDA") as refusal:
+        cuda.forward_hyper(*inputs, *plan, 0.25)
+    assert len(refusal.value.reasons) == 3
 
 
 LENGTHS = torch.tensor([3, 9])
@@ -75,3 +80,19 @@ def test_a_refusal_to_attend_to_a_cache_names_every_reason():
     with pytest.raises(UnsupportedError, match="mla_decode on CUDA") as refusal:
         cuda.latent_decode(*queries, torch.randn(1, 3, 664).double(), LENGTHS[:1], None, 0.1)
     assert len(refusal.value.reasons) == 3
+
+
+def test_hyper_attention_goes_to_triton():
+    inputs = qkv(head_maps()["gqa"], 1, (24, 30), requires_grad=True)
+    config = HyperConfig(block_size=8, sample_size=8, leaf_size=16, window=4, exact_below=2)
+    plan = make_plan(*inputs[:2], causal=True, config=config, seed=0)
+    with torch.no_grad():
+        out, lse = cuda.forward_hyper(*inputs, *plan, 0.25)
+    expected, expected_lse = reference.hyper_attention(*inputs, plan, scale=0.25)
+    torch.testing.assert_close((out, lse), (expected, expected_lse), rtol=1e-4, atol=1e-4)
+    grad_out = torch.randn_like(out)
+    with torch.no_grad():
+        grads = cuda.backward_hyper(grad_out, None, *inputs, out, lse, *plan, 0.25)
+    torch.testing.assert_close(
+        tuple(grads), torch.autograd.grad(expected, inputs, grad_out), rtol=1e-4, atol=1e-4
+    )

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from efficient_attn.kernels.triton import attention_bwd, attention_fwd, decode
+from efficient_attn.kernels.triton import attention_bwd, attention_fwd, decode, hyper
+from efficient_attn.planning import HyperPlan
 
 CAPABILITY = {"sm80": 80, "sm86": 86, "sm90": 90, "sm100": 100}
 
@@ -47,6 +48,9 @@ def representative_cases() -> Iterator[Case]:
     yield Case("sm86", (64, 64), torch.float32)
     yield Case("sm100", (128, 128), torch.bfloat16, frozenset({"causal"}))
     yield from _representative_decode_cases()
+    yield Case("sm90", (128, 128), torch.bfloat16, frozenset({"causal", "leaves"}), "hyper")
+    yield Case("sm80", (64, 64), torch.float16, frozenset({"leaves"}), "hyper")
+    yield Case("sm100", (128, 128), torch.bfloat16, frozenset({"causal"}), "hyper")
 
 
 def all_cases() -> Iterator[Case]:
@@ -59,6 +63,8 @@ def all_cases() -> Iterator[Case]:
                 more = alone if dims == (128, 128) and dtype == torch.bfloat16 else []
                 for features in some + more:
                     yield Case(arch, dims, dtype, features)
+                for features in ((), ("causal",), ("leaves",), ("causal", "leaves")):
+                    yield Case(arch, dims, dtype, frozenset(features), "hyper")
         yield from _decode_cases(arch)
 
 
@@ -116,7 +122,9 @@ def _attention(case: Case) -> None:
 
 def call(case: Case) -> None:
     """Make a call of this kind, forward and backward where there is a backward."""
-    {"attention": _attention, "attention_decode": _decode, "mla_decode": _latent}[case.op](case)
+    calls = {"attention": _attention, "hyper": _hyper}
+    calls |= {"attention_decode": _decode, "mla_decode": _latent}
+    calls[case.op](case)
 
 
 def _empty(case: Case, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -153,3 +161,27 @@ def _cache(case: Case, batch: int) -> tuple[Tensor, Tensor | None, tuple[int, in
         if feature in case.features:
             return lengths, _empty(case, batch, 512, dtype=torch.int32), (9999, page_size)
     return lengths, None, (batch, 8192)
+
+
+def _hyper(case: Case) -> None:
+    """With leaves, or in the published structure: one segment, or a recursion of three levels."""
+    batch, heads, kv_heads, tokens, sample = 2, 8, 4, 8192, 128
+    leaves, causal = "leaves" in case.features, "causal" in case.features
+    levels, leaf = (1, 128) if leaves else (3, 1024) if causal else (1, 0)
+    planes, rows, tiles, sets = (batch, kv_heads), heads // kv_heads * tokens, 96, tokens // 128
+
+    def integers(*shape: int) -> Tensor:
+        return _empty(case, *shape, dtype=torch.int32)
+
+    plan = HyperPlan(
+        *(integers(*planes, levels, n) for n in (tokens, tokens, rows, rows)),
+        integers(*planes, tiles, 256), integers(*planes, tiles), integers(0 if leaves else tiles),
+        integers(kv_heads, sets, sample), _empty(case, sets, sample, dtype=torch.float32),
+        causal=causal, leaf_size=leaf, window=256 if leaves else 0, sinks=16 if leaves else 0,
+        block_size=128, samples_by_leaf=leaves,
+    )  # fmt: skip
+    query = _empty(case, batch, heads, tokens, case.dims[0])
+    key, value = (_empty(case, batch, kv_heads, tokens, dim) for dim in case.dims)
+    options = (*plan, case.dims[0] ** -0.5)
+    out, lse = hyper.forward(query, key, value, *options)
+    hyper.backward(out, lse, query, key, value, out, lse, *options)

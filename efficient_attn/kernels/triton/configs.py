@@ -58,6 +58,15 @@ _HALF = {
         "window": ((32, 64, 4, 2), (32, 64, 8, 2), (16, 64, 8, 1), (16, 32, 8, 1)),
         "bias": ((32, 64, 4, 2), (32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)),
     },
+    "hyper_forward": {
+        "plain": ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
+    },
+    "hyper_grad_query": {
+        "plain": ((64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)),
+    },
+    "hyper_grad_key_value": {
+        "plain": ((64, 64, 4, 2), (32, 64, 8, 2), (32, 64, 8, 2), (16, 64, 8, 1)),
+    },
     "grad_bias": {
         "bias": ((64, 32, 4, 1), (64, 32, 8, 1), (32, 32, 4, 1), (32, 32, 8, 1)),
     },
@@ -79,6 +88,9 @@ _INTERPRETED = {
     "grad_query": Tile(64, 32, 4, 1),
     "grad_key_value": Tile(32, 64, 4, 1),
     "grad_bias": Tile(32, 64, 4, 1),
+    "hyper_forward": Tile(32, 16, 4, 1),
+    "hyper_grad_query": Tile(32, 16, 4, 1),
+    "hyper_grad_key_value": Tile(16, 32, 4, 1),
 }
 
 
@@ -126,7 +138,8 @@ def tile(
         i for i, b in enumerate(_BUCKETS) if head_dims[0] <= b[0] and head_dims[1] <= b[1]
     )
     if element_size == 4:
-        return Tile(*(_SINGLE_KEY_VALUE if kernel == "grad_key_value" else _SINGLE)[bucket])
+        of_two_sums = kernel.endswith("grad_key_value")
+        return Tile(*(_SINGLE_KEY_VALUE if of_two_sums else _SINGLE)[bucket])
     tiles = _HALF[kernel][kind]
     if arch in ("sm80", "sm86"):
         tiles = _HALF_ON_AMPERE.get((kernel, kind), tiles)
