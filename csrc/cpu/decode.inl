@@ -15,9 +15,10 @@ struct CacheBlock {
   int64_t offsets[kDecodeBlock];   // of each token, before that of the head
   int64_t gathered[kDecodeBlock];  // of each token in a copy
 
-  // The block from `begin` on, or what there is of it before `end`.
+  // The block from `begin` on, or what there is of it before `end`, if anything.
   EA_HOST_DEVICE void locate(const CachedRows<Value>& cache, int64_t begin, int64_t end) {
     count = end - begin < kDecodeBlock ? end - begin : kDecodeBlock;
+    if (count <= 0) return;
     int64_t block = begin / cache.page_size, row = begin % cache.page_size;
     for (int64_t t = 0; t < count; ++block, row = 0) {
       const int64_t page = cache.pages.data ? cache.pages.at(block) : cache.only_page;
