@@ -232,18 +232,17 @@ def _each_sample(query, key, value, plan, head_map, key_lengths, return_lse, **o
             "plan and key_lengths were both given, but a plan is for samples of one length; pass "
             "config and seed instead."
         )
-    results = [
-        hyper_attention(
-            query[i : i + 1],
-            key[i : i + 1, :, :length],
-            value[i : i + 1, :, :length],
-            head_map=_row(head_map, i),
-            return_lse=True,
-            **options,
-        )
-        for i, length in enumerate(key_lengths.tolist())
-    ]
-    out, lse = (torch.cat(parts) for parts in zip(*results, strict=True))
+    samples = []
+    for i, length in enumerate(key_lengths.tolist()):
+        k, v = (x[i : i + 1, :, :length] for x in (key, value))
+        options |= {"head_map": _row(head_map, i), "return_lse": True}
+        parts = [query[i : i + 1]]
+        if not options["causal"] and 0 < length < query.shape[2] == key.shape[2]:
+            # Tokens among themselves: without the padding, each stands opposite its own key.
+            parts = parts[0].split([length, query.shape[2] - length], dim=2)
+        results = [hyper_attention(q, k, v, **options) for q in parts]
+        samples.append([torch.cat(x, dim=2) for x in zip(*results, strict=True)])
+    out, lse = (torch.cat(x) for x in zip(*samples, strict=True))
     return (out, lse) if return_lse else out
 
 

@@ -30,6 +30,15 @@ def uses_the_interface(module_class: type) -> bool:
     return code is not None and "get_interface" in code.co_names
 
 
+def sliding_window(module: nn.Module) -> int | None:
+    """The window that an attention layer hands over, its own or that of its whole model."""
+    if hasattr(module, "sliding_window"):
+        return module.sliding_window
+    if _hands_over_window(type(module)):
+        return getattr(module.config, "sliding_window", None)
+    return None
+
+
 @functools.cache
 def facts(config_class: type[PreTrainedConfig]) -> ModelFacts:
     """The facts of the models with this configuration; nothing is assumed where code is not found.

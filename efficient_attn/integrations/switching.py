@@ -9,14 +9,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from efficient_attn.integrations import model_facts
+from efficient_attn.config import HyperConfig
+from efficient_attn.integrations import hyper, model_facts
 from efficient_attn.integrations.transformers import NAME, NAME_FOR_SOME_LAYERS
 
 Undo = Callable[[], None]
+
+
+class Names(NamedTuple):
+    """Where a function is registered for whole models, and for layers alone."""
+
+    whole: str
+    alone: str
+
+
+EXACT = Names(NAME, NAME_FOR_SOME_LAYERS)
+HYPER = Names(hyper.NAME, hyper.NAME_FOR_SOME_LAYERS)
 
 
 def uses_the_interface(module: nn.Module) -> bool:
@@ -32,16 +45,11 @@ def implementation(module: nn.Module) -> str:
 
 def is_patched(module: nn.Module) -> bool:
     """Whether ``module`` calls a function of this package."""
-    return implementation(module) in (NAME, NAME_FOR_SOME_LAYERS)
+    return implementation(module) in (*EXACT, *HYPER)
 
 
-def is_patched_alone(module: nn.Module) -> bool:
-    """Whether it does so while its model makes masks for another function."""
-    return implementation(module) == NAME_FOR_SOME_LAYERS
-
-
-def switch_models(root: nn.Module) -> Undo:
-    """Switch every transformers model in ``root``, masks included.
+def switch_models(root: nn.Module, name: str) -> Undo:
+    """Switch every transformers model in ``root`` to the function ``name``, masks included.
 
     Two models made from one configuration object share it, and a name written there would reach
     both. So the models in ``root`` get copies, which they keep after an undo.
@@ -49,21 +57,21 @@ def switch_models(root: nn.Module) -> Undo:
     configs = _own_configs(root)
     before = [(config, config._attn_implementation) for config in configs]
     for model in _outermost_models(root):
-        model.set_attn_implementation(NAME)
+        model.set_attn_implementation(name)
 
     def undo() -> None:
-        for config, name in before:
+        for config, name_before in before:
             # The public setter would write to nested configurations too.
-            config._attn_implementation_internal = name
+            config._attn_implementation_internal = name_before
 
     return undo
 
 
-def switch_layer(module: nn.Module) -> Undo:
+def switch_layer(module: nn.Module, name: str) -> Undo:
     """Switch one attention layer of a model whose masks are made for ``sdpa`` or ``eager``."""
     before = module.config
     module.config = copy.copy(before)
-    module.config._attn_implementation_internal = NAME_FOR_SOME_LAYERS
+    module.config._attn_implementation_internal = name
 
     def undo() -> None:
         module.config = before
@@ -80,6 +88,21 @@ def obstacle_to_switching_alone(module: nn.Module) -> str | None:
         f"its model makes masks for {name!r}, which only {name!r} reads; "
         'call model.set_attn_implementation("sdpa") first'
     )
+
+
+def obstacle_to_estimating(module: nn.Module) -> str | None:
+    """Why the attention of ``module`` is not to be estimated, or None."""
+    window = model_facts.sliding_window(module)
+    if window is None:
+        return None
+    return f"it has a sliding window of {window} tokens, which is exact and cheap already"
+
+
+def choose(
+    module: nn.Module, config: HyperConfig, seed: int, layer: int
+) -> tuple[hyper.Choice, Undo]:
+    """Say how a layer estimates its attention, once it is switched to that."""
+    return hyper.choose(module, config, seed, layer), lambda: hyper.forget(module)
 
 
 def describe(module: nn.Module) -> str:

@@ -131,7 +131,7 @@ def attention_forward(
     )
     slides = attention_mask is None and sliding_window is not None
     packed = attention_mask is None and cu_seq_lens_q is not None
-    reasons = _reasons_to_refuse(attention_mask, dropout, kwargs)
+    reasons = reasons_to_refuse(attention_mask, dropout, kwargs)
     if slides and not causal and key.shape[2] > sliding_window:
         reasons.append("sliding_window came without a mask to a layer that is not causal")
     if packed and (query.shape[0] != 1 or position_bias is not None):
@@ -170,9 +170,13 @@ def attention_forward(
             bias = position_bias if bias is None else position_bias + bias
         out, lse = attention(query, key, value, bias=bias, **options)
     if s_aux is not None:
-        share_of_keys = torch.sigmoid(lse - s_aux.to(lse.dtype)[:, None])
-        out = out * share_of_keys.to(out.dtype)[..., None]
+        out = out * share_of_keys(lse, s_aux).to(out.dtype)
     return out.transpose(1, 2).contiguous(), None
+
+
+def share_of_keys(lse: Tensor, s_aux: Tensor) -> Tensor:
+    """What sinks, one logit for each head, leave to the keys: ``(B, Hq, Nq, 1)``."""
+    return torch.sigmoid(lse - s_aux.to(lse.dtype)[:, None])[..., None]
 
 
 def _can_decode(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> bool:
@@ -205,25 +209,30 @@ def attention_forward_under_sdpa_masks(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    *,
-    is_causal: bool | None = None,
-    position_bias: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """:func:`attention_forward` where the masks were made for ``sdpa`` or ``eager``.
+    """:func:`attention_forward` where the masks were made for ``sdpa`` or ``eager``."""
+    if attention_mask is None:
+        key, value, kwargs = cut_to_filled(module, query, key, value, kwargs)
+    return attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
 
-    They differ in one case. Several queries, more keys and no mask means here that a static cache
-    is being filled: the queries are the first tokens, and what lies behind them is empty.
+
+def cut_to_filled(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict
+) -> tuple[Tensor, Tensor, dict]:
+    """Keys, values and arguments in which a missing mask of ``sdpa`` means what it means here.
+
+    It differs in one case. Several queries and more keys mean there that a static cache is being
+    filled: the queries are the first tokens, and what lies behind them is empty.
     """
     queries, keys = query.shape[2], key.shape[2]
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if attention_mask is None and causal and 1 < queries < keys:
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if causal and 1 < queries < keys:
         key, value = key[:, :, :queries], value[:, :, :queries]
-        position_bias = None if position_bias is None else position_bias[..., :queries]
-    return attention_forward(
-        module, query, key, value, attention_mask, dropout, scaling,
-        is_causal=is_causal, position_bias=position_bias, **kwargs,
-    )  # fmt: skip
+        if kwargs.get("position_bias") is not None:
+            kwargs = {**kwargs, "position_bias": kwargs["position_bias"][..., :queries]}
+    return key, value, kwargs
 
 
 def attention_mask(
@@ -337,7 +346,8 @@ def _is_all_true(padding: Tensor | None) -> bool:
     return padding is None or (not is_tracing(padding) and bool(padding.all()))
 
 
-def _reasons_to_refuse(mask: Tensor | None, dropout: float, kwargs: dict) -> list[str]:
+def reasons_to_refuse(mask: Tensor | None, dropout: float, kwargs: dict) -> list[str]:
+    """What no attention here does, among arguments that no signature here names."""
     reasons = []
     if dropout:
         reasons.append(

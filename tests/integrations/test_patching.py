@@ -213,7 +213,7 @@ def test_masks_that_only_one_implementation_reads(model_pair):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"attention": "hyper"}, "accepted: 'exact'"),
+        ({"attention": "fast"}, "accepted: 'exact', 'hyper'"),
         ({"layers": [2]}, "from 0 to 1"),
         ({"layers": ["model.layers.7.self_attn"]}, "model.layers.0.self_attn"),
     ],

@@ -84,7 +84,7 @@ def test_key_lengths_equal_cutting_each_sample():
     module = layer()
     x = tokens()
     out = module(x, key_lengths=torch.tensor([LONG, 55]))
-    torch.testing.assert_close(out[1:], module(x[1:], x[1:, :55]))
+    torch.testing.assert_close(out[1:, :55], module(x[1:, :55]))
     torch.testing.assert_close(out[:1], module(x[:1]))
 
 
