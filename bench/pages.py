@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from bench.environment import ROOT
+from bench.generate import ratio_to_torch
 from bench.report import (
     NOT_MEASURED,
     environment_of,
@@ -33,7 +34,12 @@ def filled(page: str, root: Path = ROOT) -> str:
 
 def markdown(records: list[dict]) -> str:
     """Where the results were taken, and a table for each kind of them."""
-    tables = [_attention_table(records), _cache_table(records), _generation_table(records)]
+    tables = [
+        _attention_table(records),
+        _cache_table(records),
+        _bytes_table(records),
+        _generation_table(records),
+    ]
     return "\n\n".join([_origin(records), *(table for table in tables if table)])
 
 
@@ -44,9 +50,10 @@ def _origin(records: list[dict]) -> str:
         f"torch {environment['torch']}",
         f"commit {environment['commit']}",
     ]
-    for name, key in (("reads", "read_bytes_per_second"), ("copies", "copy_bytes_per_second")):
-        if key in ceilings:
-            said.append(f"{name} {ceilings[key] / 1e9:.1f} GB/s at best")
+    reads = [ceilings[key] for key in ("read_bytes_per_second",) if key in ceilings]
+    reads += [r["bytes_per_second"] for r in records if r.get("side") == "ceiling"]
+    if reads:
+        said.append(f"reads {max(reads) / 1e9:.1f} GB/s at best")
     return "; ".join(said) + "."
 
 
@@ -79,11 +86,15 @@ def _cache_table(records: list[dict]) -> str:
     by_name = {(r["workload"]["name"], r["provider"]): r for r in results}
     rows = []
     for ratio in ratios(records):
+        grouped = [
+            record["seconds"]["median"]
+            for (workload, provider), record in by_name.items()
+            if workload == ratio.workload and "-gqa" in provider and record["side"] == "torch"
+        ]
         ours, best = by_name[ratio.workload, ratio.ours], by_name[ratio.workload, ratio.baseline]
         if ours["workload"]["op"] == "attention":
             continue
         share = share_of_peak(ours, records)
-        grouped = by_name.get((ratio.workload, "sdpa-flash-gqa"))
         rows.append(
             (
                 f"`{ratio.workload}`",
@@ -94,11 +105,44 @@ def _cache_table(records: list[dict]) -> str:
                 ratio.baseline,
                 f"{best['seconds']['median'] * 1e3:.2f}",
                 f"**{ratio.value:.2f}**",
-                f"{_times(grouped, ours):.1f}" if grouped else "",
+                f"{min(grouped) / ours['seconds']['median']:.1f}" if grouped else "",
             )
         )
     heads = ("workload", "MB read", "ours, ms", "GB/s", "of peak", "fastest of torch", "ms")
     return _table((*heads, "ratio", "over `enable_gqa`"), rows)
+
+
+def _bytes_table(records: list[dict]) -> str:
+    """How time follows bytes: other maps beside even groups of the same width, dtype and length."""
+    ours = [
+        record
+        for record in records
+        if record["kind"] == "result"
+        and record["side"] == "ours"
+        and record["status"] == "timed"
+        and record["workload"]["suite"] == "decode-maps"
+    ]
+    even = [record for record in ours if _groups_evenly(record["workload"])]
+    rows = []
+    for record in ours:
+        of_its_kind = [other for other in even if _alike(record["workload"], other["workload"])]
+        for other in of_its_kind if record not in even else ():
+            saved = other["workload"]["minimal_bytes"] / record["workload"]["minimal_bytes"]
+            faster = other["seconds"]["median"] / record["seconds"]["median"]
+            names = (f"`{each['workload']['name']}`" for each in (record, other))
+            rows.append((*names, f"{saved:.2f}", f"{faster:.2f}", f"{faster / saved:.2f}"))
+    heads = ("workload", "beside", "times fewer bytes", "times as fast", "of that")
+    return _table(heads, rows)
+
+
+def _groups_evenly(workload: dict) -> bool:
+    return workload["q_to_k"] is None and workload["k_heads"] == workload["v_heads"]
+
+
+def _alike(one: dict, other: dict) -> bool:
+    """Whether two workloads cache as many value heads, of the same width, dtype and length."""
+    keys = ("v_heads", "d_v", "dtype", "num_keys", "batch", "num_queries")
+    return all(one[key] == other[key] for key in keys)
 
 
 def _generation_table(records: list[dict]) -> str:
@@ -107,16 +151,13 @@ def _generation_table(records: list[dict]) -> str:
             str(record["context"]),
             record["contender"],
             f"{record['tokens_per_second']:.2f}" if "tokens_per_second" in record else "",
+            ratio_to_torch(record, records),
             f"{record['error']:.1e}",
         )
         for record in records
         if record["kind"] == "generate"
     ]
-    return _table(("context", "attention", "tokens/s", "error of the logits"), rows)
-
-
-def _times(slow: dict, fast: dict) -> float:
-    return slow["seconds"]["median"] / fast["seconds"]["median"]
+    return _table(("context", "attention, cache", "tokens/s", "ratio", "error of the logits"), rows)
 
 
 def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -27,7 +27,7 @@ COLORS = {
     "efficient": "#e08e45",
     "math": "#7d5ba6",
     "flex": "#b3a125",
-    "bmm": "#7d5ba6",
+    "bmm": "#b5651d",
     "eager": THEIRS,
     "read": "#000000",
 }

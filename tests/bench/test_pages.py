@@ -1,11 +1,12 @@
 import json
+from dataclasses import replace
 
 import pytest
 
 from bench.environment import ROOT, describe
 from bench.pages import TABLE, filled
 from tests.bench.test_report import result
-from tests.bench.toys import CACHE, GQA
+from tests.bench.toys import CACHE, EMPTY_GROUP, GQA
 
 QUOTING = [page for page in (ROOT / "docs").glob("*.md") if TABLE.search(page.read_text())]
 
@@ -17,7 +18,10 @@ def test_documentation_quotes_its_results(page):
 
 
 def test_a_table_is_made_from_its_results(tmp_path):
+    even = replace(CACHE, name="toy-even", suite="decode-maps", k_heads=3, v_heads=3)
+    uneven = replace(EMPTY_GROUP, name="toy-uneven", suite="decode-maps", num_queries=1)
     speech = {"kind": "generate", "context": 99, "contender": "sdpa", "error": 0.01}
+    speech |= {"side": "torch", "status": "timed"}
     records = [
         {"kind": "environment", **describe("cpu"), "device": "a processor"},
         {"kind": "ceilings", "read_bytes_per_second": 33e9},
@@ -25,6 +29,8 @@ def test_a_table_is_made_from_its_results(tmp_path):
         result(CACHE, "bmm-packed", "torch", 0.006),
         result(CACHE, "sdpa-flash-gqa", "torch", 0.02),
         result(CACHE, "read", "ceiling", 0.001),
+        result(even, "efficient_attn", "ours", 0.0045),
+        result(uneven, "efficient_attn", "ours", 0.004),
         result(GQA, "efficient_attn", "ours", 1.0),
         result(GQA, "sdpa-flash-gqa", "torch", 1.0),
         speech | {"tokens_per_second": 7.5},
@@ -42,5 +48,7 @@ def test_a_table_is_made_from_its_results(tmp_path):
     )
     assert f"| `{CACHE.name}` {row}" in new
     assert f"| `{GQA.name}` | 1000.0 |" in new and "| sdpa-flash-gqa | 1000.0 | **1.00** |" in new
-    assert "| 99 | sdpa | 7.50 | 1.0e-02 |" in new and "| 99 | sdpa |  | 1.0e-02 |" in new
+    assert "| `toy-uneven` | `toy-even` | 1.50 | 1.12 | 0.75 |" in new
+    assert "| 99 | sdpa | 7.50 | 1.00 | 1.0e-02 |" in new
+    assert "| 99 | sdpa |  |  | 1.0e-02 |" in new
     assert filled(new, tmp_path) == new
