@@ -11,6 +11,7 @@ sequence, whose values are small, is as visible as a wrong row early in it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -153,7 +154,7 @@ def formula(
 def _evaluate(
     workload: Workload, inputs: Inputs, rows: Tensor, grad_out: Tensor | None, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The formula head by head, so that memory stays small; sums over heads are kept in fp64."""
+    """The formula for a few heads at a time, so that memory stays small; sums are kept in fp64."""
     query, key, value = (x.detach() for x in inputs)
     visible = workload.visible_keys(rows)
     per_head: dict[str, list[Tensor]] = {"out": [], "dq": []}
@@ -164,13 +165,14 @@ def _evaluate(
         for name, like in (("dk", key), ("dv", value)):
             sums[name] = torch.zeros_like(like, dtype=torch.float64)
             sum_squares[name] = torch.zeros_like(like, dtype=torch.float64)
-    for head, (k, v) in enumerate(zip(workload.key_index(), workload.value_index(), strict=True)):
+    for heads, k, v in _heads_at_a_time(workload, len(rows)):
+        count = heads.stop - heads.start
         results, squares = formula(
-            query[:, head, rows].to(dtype),
+            query[:, heads, rows].flatten(1, 2).to(dtype),
             key[:, k].to(dtype),
             value[:, v].to(dtype),
-            None if grad_out is None else grad_out[:, head, rows].to(dtype),
-            visible,
+            None if grad_out is None else grad_out[:, heads, rows].flatten(1, 2).to(dtype),
+            visible.repeat(count, 1),
             workload.scale,
         )
         for name, read in (("dk", k), ("dv", v)):
@@ -179,10 +181,10 @@ def _evaluate(
                 sum_squares[name][:, read] += squares[name]
         for name in ("out", "dq"):
             if name in results:
-                per_head[name].append(results[name])
-                head_squares[name].append(squares[name])
-    gathered = {name: torch.stack(parts, 1) for name, parts in per_head.items() if parts}
-    spread = {name: torch.stack(parts, 1) for name, parts in head_squares.items() if parts}
+                per_head[name].append(results[name].unflatten(1, (count, -1)))
+                head_squares[name].append(squares[name].unflatten(1, (count, -1)))
+    gathered = {name: torch.cat(parts, 1) for name, parts in per_head.items() if parts}
+    spread = {name: torch.cat(parts, 1) for name, parts in head_squares.items() if parts}
     # A value to which nothing was added must be zero: any error there is infinite in its units.
     tiny = torch.finfo(torch.float64).tiny
     magnitude = {
@@ -190,6 +192,17 @@ def _evaluate(
         for name, squares in {**spread, **sum_squares}.items()
     }
     return {**gathered, **sums}, magnitude
+
+
+def _heads_at_a_time(workload: Workload, rows: int) -> Iterator[tuple[slice, int, int]]:
+    """Runs of query heads that read the same key and value head, and those two."""
+    pairs = list(zip(workload.key_index(), workload.value_index(), strict=True))
+    most = max(1, MAX_SCORES // (rows * workload.num_keys))
+    start = 0
+    for head in range(1, len(pairs) + 1):
+        if head == len(pairs) or pairs[head] != pairs[start] or head - start == most:
+            yield slice(start, head), *pairs[start]
+            start = head
 
 
 def _sample_rows(workload: Workload, generator: torch.Generator) -> Tensor:

@@ -31,7 +31,7 @@ COLORS = {
     "eager": THEIRS,
     "read": "#000000",
 }
-LINES = {"gather": "--", "groups": ":", "packed": "-.", "read": ":"}
+LINES = {"gather": "--", "groups": ":", "keys": "--", "packed": "-.", "read": ":"}
 
 
 def draw(records: list[dict], folder: Path) -> list[Path]:

@@ -25,7 +25,8 @@ class Packed:
 
     Attributes:
         kernel: A backend of ``scaled_dot_product_attention``, or ``"bmm"``: product, softmax,
-            product.
+            product; or ``"bmm-keys"``: the same, but the scores are keys times queries, which torch
+            multiplies faster where queries are few, and are transposed.
         apart: One call for each pair of key and value head that is read.
         pad: Whether the narrower of keys and values is padded with zeros to the wider.
     """
@@ -37,8 +38,12 @@ class Packed:
 
     @property
     def name(self) -> str:
-        family = "bmm" if self.kernel == "bmm" else f"sdpa-{self.kernel}"
+        family = self.kernel if self._is_product else f"sdpa-{self.kernel}"
         return f"{family}-packed{'-apart' if self.apart else ''}{'-pad' if self.pad else ''}"
+
+    @property
+    def _is_product(self) -> bool:
+        return self.kernel.startswith("bmm")
 
     def available(self, device: str) -> list[str]:
         if device == "cpu" and self.kernel in ("cudnn", "efficient"):
@@ -46,10 +51,10 @@ class Packed:
         return []
 
     def supports(self, workload: Workload) -> list[str]:
-        reasons = too_many_scores(workload) if self.kernel == "bmm" else []
+        reasons = too_many_scores(workload) if self._is_product else []
         if not workload.reads_a_cache:
             reasons.append("it is for a few queries")
-        if workload.has_own_heads and self.kernel != "bmm":
+        if workload.has_own_heads and not self._is_product:
             reasons.append("no heads are shared")
         if self.apart and workload.has_even_groups:
             reasons.append("even groups need no splitting")
@@ -130,8 +135,12 @@ class Packed:
     ) -> Tensor:
         if self.pad:
             query, key, value = equally_wide(workload, query, key, value)
-        if self.kernel == "bmm":
-            scores = _product(query * workload.scale, key.mT)
+        if self._is_product:
+            query = query * workload.scale
+            if self.kernel == "bmm":
+                scores = _product(query, key.mT)
+            else:
+                scores = _product(key, query.mT).mT.contiguous()
             if mask is not None:
                 scores = scores.masked_fill_(~mask, -torch.inf)
             out = _product(scores.softmax(-1), value)
@@ -143,11 +152,17 @@ class Packed:
         return out[..., : workload.d_v]
 
 
-def _product(rows: Tensor, matrices: Tensor) -> Tensor:
-    """``rows @ matrices``; one matrix that is seen several times is multiplied once, not copied."""
-    if matrices.shape[1] > 1 and matrices.stride(1) == 0:
-        return (rows.flatten(1, 2) @ matrices[:, 0]).unflatten(1, rows.shape[1:3])
-    return rows @ matrices
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right``; one matrix that is seen several times is multiplied once, not copied."""
+    if left.shape[:2] == right.shape[:2] == (1, 1):
+        # torch has faster code for matrices than for a batch of one.
+        return (left[0, 0] @ right[0, 0])[None, None]
+    if right.shape[1] > 1 and right.stride(1) == 0:
+        return (left.flatten(1, 2) @ right[:, 0]).unflatten(1, left.shape[1:3])
+    if left.shape[1] > 1 and left.stride(1) == 0:
+        columns = right.transpose(1, 2).flatten(2, 3)
+        return (left[:, 0] @ columns).unflatten(2, right.shape[1::2]).transpose(1, 2)
+    return left @ right
 
 
 def _mask(workload: Workload, group: int, device: torch.device) -> Tensor | None:
@@ -157,12 +172,12 @@ def _mask(workload: Workload, group: int, device: torch.device) -> Tensor | None
 
 
 def every_packed() -> list[Packed]:
-    """Every kernel but math, which is bmm; together and apart, with and without padding."""
+    """Every kernel but math, which is a product; together and apart, with and without padding."""
     return [
         Packed(kernel, apart, pad)
-        for kernel in ("flash", "cudnn", "efficient", "bmm")
+        for kernel in ("flash", "cudnn", "efficient", "bmm", "bmm-keys")
         for apart in (False, True)
         for pad in (False, True)
         # A product takes any width.
-        if kernel != "bmm" or not pad
+        if not (pad and kernel.startswith("bmm"))
     ]

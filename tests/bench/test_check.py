@@ -40,7 +40,8 @@ def test_every_provider_of_a_cache_passes(workload, monkeypatch):
     excluded = {n for n, p in PROVIDERS.items() if reasons_against(p, workload, "cpu")}
     assert set(status) == set(PROVIDERS) - excluded
     assert set(status.values()) <= {"timed", "refused"}, records
-    assert {status[name] for name in ("efficient_attn", "bmm-packed", "read")} == {"timed"}
+    always = ("efficient_attn", "bmm-packed", "bmm-keys-packed", "read")
+    assert {status[name] for name in always} == {"timed"}
     assert {r["provider"] for r in records if r["side"] == "ceiling"} == {"read"}
     assert any(n.startswith("sdpa-flash") and s == "timed" for n, s in status.items())
 
