@@ -165,7 +165,9 @@ def _evaluate(
         for name, like in (("dk", key), ("dv", value)):
             sums[name] = torch.zeros_like(like, dtype=torch.float64)
             sum_squares[name] = torch.zeros_like(like, dtype=torch.float64)
-    for heads, k, v in _heads_at_a_time(workload, len(rows)):
+    # One head alone where rounding counts: a product of many rows is added up more exactly.
+    most = max(1, MAX_SCORES // (len(rows) * workload.num_keys)) if dtype == torch.float64 else 1
+    for heads, k, v in _heads_at_a_time(workload, most):
         count = heads.stop - heads.start
         results, squares = formula(
             query[:, heads, rows].flatten(1, 2).to(dtype),
@@ -194,10 +196,9 @@ def _evaluate(
     return {**gathered, **sums}, magnitude
 
 
-def _heads_at_a_time(workload: Workload, rows: int) -> Iterator[tuple[slice, int, int]]:
-    """Runs of query heads that read the same key and value head, and those two."""
+def _heads_at_a_time(workload: Workload, most: int) -> Iterator[tuple[slice, int, int]]:
+    """Runs of at most so many query heads that read the same key and value head, and those two."""
     pairs = list(zip(workload.key_index(), workload.value_index(), strict=True))
-    most = max(1, MAX_SCORES // (rows * workload.num_keys))
     start = 0
     for head in range(1, len(pairs) + 1):
         if head == len(pairs) or pairs[head] != pairs[start] or head - start == most:
