@@ -192,6 +192,18 @@ def check_packing(name: str, cu_seqlens: Tensor, packed: Tensor) -> None:
         )
 
 
+def check_longest(name: str, longest: int, cu_seqlens: Tensor) -> None:
+    """No sequence may be longer than said: on a GPU its end would not be computed."""
+    if not is_readable(cu_seqlens) or cu_seqlens.shape[0] < 2:
+        return
+    actual = int(cu_seqlens.diff().max())
+    if longest < actual:
+        raise ValueError(
+            f"{name} is {longest}, but there is a sequence of {actual} tokens; pass the longest "
+            "length or more."
+        )
+
+
 def check_integers(name: str, x: Tensor, beside: Tensor) -> None:
     """Lengths and tables are integers on the device of what they describe."""
     if x.dtype not in (torch.int32, torch.int64):

@@ -63,6 +63,8 @@ def test_sequences_do_not_see_each_other():
         ({"cu_seqlens_q": torch.tensor([1, 9, 12, 17])}, ValueError, "ascend from 0 to 17"),
         ({"cu_seqlens_k": torch.tensor([0, 5, 9, 13])}, ValueError, "ascend from 0 to 14"),
         ({"cu_seqlens_k": torch.tensor([0, 14])}, ValueError, "same"),
+        ({"max_seqlen_q": 7}, ValueError, "max_seqlen_q is 7, but .* 8 tokens"),
+        ({"max_seqlen_k": 4}, ValueError, "max_seqlen_k is 4, but .* 5 tokens"),
         ({"cu_seqlens_q": torch.tensor([0.0, 17.0])}, TypeError, "int32 or int64"),
         ({"cu_seqlens_q": torch.zeros(2, 2, dtype=torch.int32)}, ValueError, "sequences \\+ 1"),
     ],

@@ -61,6 +61,9 @@ def forward(
             rows = together[0].rows
             out[problem.samples, problem.q_heads, rows] = block_out.to(out.dtype)
             lse[problem.samples, problem.q_heads, rows] = block_lse
+            del results, block_out, block_lse
+        # Held on to, a chunk would lie beside the next one.
+        del q, k, v, mask
     return (out, lse) if out is not None else blind(query, shape[-1])
 
 
@@ -102,6 +105,8 @@ def backward(
                 grad_query.add_(grads[0]) if number else grad_query.copy_(grads[0])
                 _add_heads(totals[1][samples, :, columns], problem.k_heads, grads[1])
                 _add_heads(totals[2][samples, :, columns], problem.v_heads, grads[2])
+                del grads
+        del q, k, v, mask
     if totals is None:
         totals = [_zeros(shape, query) for shape in shapes]
     return _finished(totals, dtypes)
