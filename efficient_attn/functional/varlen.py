@@ -59,14 +59,14 @@ def attention_varlen(
     contract.check_tensors(query, key, value, ("tokens", "heads", "dim"))
     contract.check_packing("cu_seqlens_q", cu_seqlens_q, query)
     contract.check_packing("cu_seqlens_k", cu_seqlens_k, key)
-    contract.check_longest("max_seqlen_q", max_seqlen_q, cu_seqlens_q)
-    contract.check_longest("max_seqlen_k", max_seqlen_k, cu_seqlens_k)
     sequences = cu_seqlens_q.shape[0] - 1
     if cu_seqlens_k.shape[0] - 1 != sequences:
         raise ValueError(
             f"cu_seqlens_q names {sequences} sequences and cu_seqlens_k "
             f"{cu_seqlens_k.shape[0] - 1}; they must name the same."
         )
+    contract.check_longest("max_seqlen_q", max_seqlen_q, cu_seqlens_q)
+    contract.check_longest("max_seqlen_k", max_seqlen_k, cu_seqlens_k)
     maps = contract.resolve_map(head_map, query, key, value, heads=1, rows=sequences)
     out, lse = torch.ops.efficient_attn.attention_varlen(
         query,
