@@ -164,7 +164,7 @@ _DECODE = {
 # Latent attention by rows; 64 rows are bound by their matmuls. Wider rows than 576 take fewer.
 _DECODE_LATENT = {16: (32, 8, 3), 32: (32, 8, 3), 64: (64, 8, 2)}
 # Elements of four bytes are multiplied outside of the tensor cores, 16 rows at a time.
-_DECODE_SINGLE = {256: (32, 8, 2), 512: (16, 8, 2), 1024: (16, 8, 1)}
+_DECODE_SINGLE = {128: (32, 8, 2), 512: (16, 8, 2), 1024: (16, 8, 1)}
 
 
 def decode_tile(
