@@ -33,7 +33,8 @@ class HyperPlan(NamedTuple):
     * block tiles: the queries ``block_rows[m]`` (-1: none), the keys of ranks ``block_first[m] +
       [0, block_size)`` that are in the query's band, and sample ``block_sample[m]`` if not
       ``samples_by_leaf``. All rows of a tile have the same ``band_start``, which is
-      ``block_first[m]``. A query is in at most one tile per level.
+      ``block_first[m]``. A query is in at most one tile per level. Tiles come in the order of
+      ``block_first``, apart from tiles without rows.
 
     Rows are the ``G * nq`` queries that read one key head, head by head. Ranks in ``block_first``
     count through all levels: ``level * nk + rank``.

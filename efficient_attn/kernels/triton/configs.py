@@ -65,7 +65,7 @@ _HALF = {
         "plain": ((64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)),
     },
     "hyper_grad_key_value": {
-        "plain": ((64, 64, 4, 2), (32, 64, 8, 2), (32, 64, 8, 2), (16, 64, 8, 1)),
+        "plain": ((32, 64, 4, 2), (32, 64, 8, 2), (32, 64, 8, 2), (16, 64, 8, 1)),
     },
     "grad_bias": {
         "bias": ((64, 32, 4, 1), (64, 32, 8, 1), (32, 32, 4, 1), (32, 32, 8, 1)),
@@ -74,6 +74,14 @@ _HALF = {
 # Where Ampere's registers do not hold what later devices keep in shared or tensor memory.
 _HALF_ON_AMPERE = {
     ("forward", "plain"): ((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
+    ("hyper_forward", "plain"): ((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)),
+    ("hyper_grad_query", "plain"): ((64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1)),
+    ("hyper_grad_key_value", "plain"): (
+        (32, 64, 4, 2),
+        (32, 64, 8, 1),
+        (16, 64, 8, 1),
+        (16, 32, 8, 1),
+    ),
 }
 # Elements of four bytes: the kernel that keeps two accumulators needs smaller tiles.
 _SINGLE = ((32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1))
