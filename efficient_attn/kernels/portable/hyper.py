@@ -8,6 +8,8 @@ ordinary backward of each part is its exact gradient.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -24,10 +26,11 @@ def forward(query: Tensor, key: Tensor, value: Tensor, *plan_and_scale) -> tuple
     batch, num_heads, nq, _ = query.shape
     dtype = _accumulator(query.dtype)
     total = batch * num_heads * nq
-    # One row more than there are, for the empty places of tiles.
+    # One row more than there are, for the empty places of tiles. The output lies token by token.
     out = torch.zeros(total + 1, value.shape[-1], dtype=dtype, device=query.device)
     lse = torch.full((total + 1,), -torch.inf, dtype=dtype, device=query.device)
-    dense_out, dense_lse = (x[:-1].unflatten(0, (batch, num_heads, nq)) for x in (out, lse))
+    dense_out = out[:-1].view(batch, nq, num_heads, value.shape[-1]).transpose(1, 2)
+    dense_lse = lse[:-1].view(batch, num_heads, nq)
     for sample in range(batch):
         q, k, v = (x[sample] for x in (query, key, value))
         for run in leaf_runs(plan, nq, key.shape[2]):
@@ -35,13 +38,16 @@ def forward(query: Tensor, key: Tensor, value: Tensor, *plan_and_scale) -> tuple
             run.queries(dense_out[sample]).copy_(part[0])
             run.queries(dense_lse[sample].unsqueeze(-1)).copy_(part[1].unsqueeze(-1))
 
-    q, k, v = (x.reshape(-1, x.shape[-1]) for x in (query, key, value))
+    q, k, v, result = (Rows.of(x) for x in (query, key, value, dense_out))
+    # Without leaves and with one level, a row is in one tile, and there is nothing to merge with.
+    put = _put if plan.leaf_size == 0 and plan.key_order.shape[2] == 1 else _merge
     for rows, keys, bias in far_tiles(plan, query, key):
         real = rows.clamp(max=total - 1)
         tile_q, tile_k, tile_v = _gather(q, real), _gather(k, keys), _gather(v, keys)
         part_out, part_lse = _attend(tile_q, tile_k, tile_v, bias, False, scale)
-        _merge(out, lse, rows.flatten(), part_out.flatten(0, 2), part_lse.flatten())
-    return _tokens_major(dense_out.to(query.dtype)), dense_lse.clone()
+        rows = rows.flatten()
+        put(out, lse, result.places(rows), rows, part_out.flatten(0, 2), part_lse.flatten())
+    return dense_out.to(query.dtype), dense_lse.clone()
 
 
 def backward(
@@ -71,11 +77,11 @@ def backward(
 
     rows = (grad_out, None if grad_lse is None else grad_lse.unsqueeze(-1), query, out)
     rows = (*rows, lse.unsqueeze(-1))
-    flat = [None if x is None else x.reshape(-1, x.shape[-1]) for x in rows]
-    k, v = (x.reshape(-1, x.shape[-1]) for x in (key, value))
+    of_rows = [None if x is None else Rows.of(x) for x in rows]
+    k, v = (Rows.of(x) for x in (key, value))
     for row, column, bias in far_tiles(plan, query, key):
         real = row.clamp(max=total - 1)
-        of_queries = [None if x is None else _gather(x, real) for x in flat]
+        of_queries = [None if x is None else _gather(x, real) for x in of_rows]
         if (empty := row == total).any():
             # A row of zeros gives no gradient, and no overflow against keys that nobody chose.
             for x in of_queries:
@@ -85,8 +91,8 @@ def backward(
             *of_queries, _gather(k, column), _gather(v, column), bias, False, scale
         )
         _add_rows(grad_q, row, grads[0])
-        _add_rows(grad_k.view(-1, k.shape[-1]), column, grads[1])
-        _add_rows(grad_v.view(-1, v.shape[-1]), column, grads[2])
+        _add_rows(grad_k.view(-1, key.shape[-1]), column, grads[1])
+        _add_rows(grad_v.view(-1, value.shape[-1]), column, grads[2])
     grads = (dense_grad_q, grad_k, grad_v)
     return tuple(_tokens_major(g.to(query.dtype)) for g in grads)
 
@@ -108,18 +114,48 @@ def _attend_backward(grad_out, grad_lse, query, out, lse, key, value, bias, caus
     return grads
 
 
-def _gather(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of ``(N, D)`` as ``(tiles, 1, tokens, D)``, in the accumulator's precision."""
-    rows = x.index_select(0, index.flatten()).to(_accumulator(x.dtype))
-    return rows.view(index.shape[0], 1, index.shape[1], x.shape[-1])
+class Rows(NamedTuple):
+    """Tokens ``(B, H, N, D)`` as rows of a matrix, in the order in which they lie in memory."""
+
+    data: Tensor
+    heads: int
+    tokens: int
+    by_token: bool
+
+    @classmethod
+    def of(cls, x: Tensor) -> Rows:
+        """Without a copy, if tokens lie one after the other, or heads do."""
+        by_token = x.shape[1] > 1 and x.transpose(1, 2).is_contiguous()
+        lying = x.transpose(1, 2) if by_token else x
+        return cls(lying.reshape(-1, x.shape[-1]), x.shape[1], x.shape[2], by_token)
+
+    def places(self, number: Tensor) -> Tensor:
+        """Where rows are that are numbered head by head; the number of all rows stays itself."""
+        if not self.by_token:
+            return number
+        plane, token = number // self.tokens, number % self.tokens
+        sample, head = plane // self.heads, plane % self.heads
+        return (sample * self.tokens + token) * self.heads + head
 
 
-def _merge(out: Tensor, lse: Tensor, rows: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
-    """Merge a part into the rows it is about; none occurs twice, but for the one for no row."""
+def _gather(x: Rows, index: Tensor) -> Tensor:
+    """Rows as ``(tiles, 1, tokens, D)``, in the accumulator's precision."""
+    rows = x.data.index_select(0, x.places(index.flatten())).to(_accumulator(x.data.dtype))
+    return rows.view(index.shape[0], 1, index.shape[1], x.data.shape[-1])
+
+
+def _put(out: Tensor, lse: Tensor, places: Tensor, rows: Tensor, part_out, part_lse) -> None:
+    """Write the rows a part is about; none occurs twice, but for the one for no row."""
+    out.index_copy_(0, places, part_out)
+    lse.index_copy_(0, rows, part_lse)
+
+
+def _merge(out: Tensor, lse: Tensor, places: Tensor, rows: Tensor, part_out, part_lse) -> None:
+    """The same where there is something already, by log-sum-exp."""
     before = lse.index_select(0, rows)
     after = torch.logaddexp(before, part_lse)
     share = torch.exp(part_lse - after.masked_fill(after == -torch.inf, 0.0)).unsqueeze(-1)
-    out.index_copy_(0, rows, torch.lerp(out.index_select(0, rows), part_out, share))
+    out.index_copy_(0, places, torch.lerp(out.index_select(0, places), part_out, share))
     lse.index_copy_(0, rows, after)
 
 
