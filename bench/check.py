@@ -17,12 +17,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import efficient_attn as ea
+from bench.estimate import log_multiplicity
 from bench.workloads import Inputs, Workload
 
 # An implementation may be this many times less accurate than the plain formula in its dtype ...
 FACTOR = 2.0
 # ... plus this many units in the last place, for values that the plain formula gets exactly.
 FLOOR = 4.0
+# The same for an estimate, whose parts are merged by exponentials of differences of logarithms.
+MERGED_FLOOR = 16.0
 
 EDGE_ROWS = 4
 SAMPLED_ROWS = 128
@@ -62,8 +66,14 @@ class Verdict:
         return not self.reasons
 
 
-def prepare(workload: Workload, inputs: Inputs, seed: int = 1) -> Truth:
-    """Compute the truth in fp64, and what the plain formula makes of it in the workload's dtype."""
+def prepare(
+    workload: Workload, inputs: Inputs, seed: int = 1, plan: ea.HyperPlan | None = None
+) -> Truth:
+    """Compute the truth in fp64, and what the plain formula makes of it in the workload's dtype.
+
+    With a plan, the truth is the estimate that the plan stands for: what is judged is whether it is
+    computed right, not how near it is to exact attention.
+    """
     device = inputs.query.device
     generator = torch.Generator(device).manual_seed(seed)
     rows = _sample_rows(workload, generator)
@@ -71,9 +81,9 @@ def prepare(workload: Workload, inputs: Inputs, seed: int = 1) -> Truth:
     if workload.needs_gradients:
         grad_out = torch.zeros_like(workload.make_grad_out(generator))
         grad_out[:, :, rows] = workload.make_grad_out(generator)[:, :, rows]
-    exact, magnitude = _evaluate(workload, inputs, rows, grad_out, torch.float64)
-    plain, _ = _evaluate(workload, inputs, rows, grad_out, workload.torch_dtype)
-    floor = FLOOR * torch.finfo(workload.torch_dtype).eps
+    exact, magnitude = _evaluate(workload, inputs, rows, grad_out, torch.float64, plan)
+    plain, _ = _evaluate(workload, inputs, rows, grad_out, workload.torch_dtype, plan)
+    floor = (FLOOR if plan is None else MERGED_FLOOR) * torch.finfo(workload.torch_dtype).eps
     limit = {
         name: FACTOR * largest_error(plain[name], exact[name], magnitude[name]) + floor
         for name in exact
@@ -120,6 +130,7 @@ def formula(
     grad_out: Tensor | None,
     visible: Tensor,
     scale: float,
+    log_weight: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Softmax attention of one head and its gradients, as written in a textbook.
 
@@ -127,11 +138,15 @@ def formula(
         - query: ``(batch, rows, d_qk)``
         - key: ``(batch, keys, d_qk)``; value: ``(batch, keys, d_v)``
         - grad_out: ``(batch, rows, d_v)`` or ``None``; visible: ``(rows, keys)``
+        - log_weight: added to the scores, ``(rows, keys)``
 
     Returns:
         The results by name, and the sum of squares of the terms of each.
     """
-    scores = (query @ key.mT * scale).masked_fill(~visible, -torch.inf)
+    scores = query @ key.mT * scale
+    if log_weight is not None:
+        scores = scores + log_weight.to(scores.dtype)
+    scores = scores.masked_fill(~visible, -torch.inf)
     # A row that sees nothing has no softmax; it gives zeros.
     weights = scores.softmax(-1).masked_fill(~visible, 0)
     results = {"out": weights @ value}
@@ -152,7 +167,12 @@ def formula(
 
 
 def _evaluate(
-    workload: Workload, inputs: Inputs, rows: Tensor, grad_out: Tensor | None, dtype: torch.dtype
+    workload: Workload,
+    inputs: Inputs,
+    rows: Tensor,
+    grad_out: Tensor | None,
+    dtype: torch.dtype,
+    plan: ea.HyperPlan | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The formula for a few heads at a time, so that memory stays small; sums are kept in fp64."""
     query, key, value = (x.detach() for x in inputs)
@@ -176,6 +196,7 @@ def _evaluate(
             None if grad_out is None else grad_out[:, heads, rows].flatten(1, 2).to(dtype),
             visible.repeat(count, 1),
             workload.scale,
+            None if plan is None else log_multiplicity(plan, workload.num_queries, head, rows),
         )
         for name, read in (("dk", k), ("dv", v)):
             if name in results:

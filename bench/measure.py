@@ -21,6 +21,8 @@ MIN_ROUNDS, MAX_ROUNDS = 5, 50
 MAX_REPEATS = 200
 # A step this many times slower than the fastest sits out after SLOW_ROUNDS.
 SLOW, SLOW_ROUNDS = 2.0, 3
+# One that takes so many seconds besides is timed once: it is far from the fastest, whatever noise.
+LONG = 10.0
 
 
 class Clock(Protocol):
@@ -124,7 +126,10 @@ def interleave(
     samples: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds):
         for name in list(steps)[:: -1 if number % 2 else 1]:
-            if number < SLOW_ROUNDS or estimates[name] <= SLOW * fastest:
+            slow = estimates[name] > SLOW * fastest
+            if slow and estimates[name] > LONG:
+                samples[name] = [estimates[name]]
+            elif number < SLOW_ROUNDS or not slow:
                 trying(name)
                 samples[name].append(clock.sample(steps[name], repeats[name]))
     return {name: _summarise(samples[name], repeats[name]) for name in steps}
@@ -171,5 +176,5 @@ def _peak_bytes_cpu(step: Step) -> int:
 
 
 def _summarise(samples: list[float], repeats: int) -> Timing:
-    fifths = quantiles(samples, n=5, method="inclusive")
+    fifths = quantiles(samples, n=5, method="inclusive") if len(samples) > 1 else samples * 4
     return Timing(median(samples), fifths[0], fifths[3], len(samples), repeats)

@@ -115,7 +115,7 @@ def _bandwidth_figure(records: list[dict]) -> plt.Figure | None:
 
 
 def _reads_a_cache(record: dict) -> bool:
-    return record["workload"].get("op", "attention") != "attention"
+    return record["workload"].get("op", "attention") in ("decode", "mla_decode")
 
 
 # Points of each provider, of each family of workloads.

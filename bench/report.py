@@ -122,7 +122,10 @@ def share_of_peak(record: dict, records: list[dict]) -> float | None:
     """
     ceilings = first(records, "ceilings")
     workload = record["workload"]
-    if workload.get("op", "attention") == "attention":
+    if workload.get("op") == "hyper" and record["side"] == "ours":
+        # Most of the work is not done at all.
+        return None
+    if workload.get("op", "attention") in ("attention", "hyper"):
         limit = ceilings.get("matmul_flops_per_second", {}).get(workload["dtype"])
         return record["flops_per_second"] / limit if limit else None
     for other in records:

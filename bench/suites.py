@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from bench.cache_suites import CACHE_SUITES
-from bench.workloads import SHORT_DTYPES, Workload, length_label
+from bench.workloads import HYPER_CONFIGS, SHORT_DTYPES, Workload, length_label
 
 # Three unequal groups and a lone head, as key-driven grouping produces them.
 UNEVEN_16 = (7, 5, 3, 1)
@@ -160,10 +160,35 @@ def _maps_cuda() -> list[Workload]:
     return workloads
 
 
+def _hyper() -> list[Workload]:
+    """Estimates beside exact attention: both configurations, from where the published one starts.
+
+    The longest have one head and take minutes, nearly all of them for the exact side.
+    """
+    workloads = []
+    for config in HYPER_CONFIGS:
+        options = {"op": "hyper", "hyper": config}
+        two = _heads("hyper", "cpu", "float32", 2, 2, 2, **options)
+        one = _heads("hyper", "cpu", "float32", 1, 1, 1, **options)
+        many = _heads("hyper", "cuda", "bfloat16", 32, 32, 32, d_qk=128, d_v=128, **options)
+        name = {heads: f"{config}-mha{heads}" for heads in (1, 2, 32)}
+        for causal in (False, True):
+            for mode in ("forward", "forward_backward"):
+                which = {"causal": causal, "mode": mode}
+                quick = mode == "forward" and not causal
+                workloads += _sized(name[2], two, 4096, quick=quick, **which)
+                workloads += _sized(name[2], two, 8192, 16384, 32768, **which)
+                workloads += _sized(name[1], one, 131072, **which)
+                workloads += _sized(name[32], many, 32768, rank=1, **which)
+            workloads += _sized(name[32], many, 131072, rank=2, causal=causal)
+    return workloads
+
+
 SUITES: dict[str, list[Workload]] = {
     "prefill": [*_prefill_cpu(), *_prefill_cuda()],
     "maps": [*_maps_cpu(), *_maps_cuda()],
     **CACHE_SUITES,
+    "hyper": _hyper(),
 }
 
 

@@ -11,11 +11,12 @@ from torch import Tensor
 
 import efficient_attn as ea
 
-Op = Literal["attention", "decode", "mla_decode"]
+Op = Literal["attention", "decode", "mla_decode", "hyper"]
 Mode = Literal["forward", "forward_backward"]
 Window = tuple[int | None, int | None]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HYPER_CONFIGS = {"paper": ea.HyperConfig.paper(), "default": ea.HyperConfig()}
 SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -39,7 +40,9 @@ class Workload:
         suite: The suite it belongs to.
         device: The kind of device its size is meant for, ``"cpu"`` or ``"cuda"``.
         op: The function of the package that is called. For the two that attend to a cache, keys and
-            values are the cache, and the queries are its newest tokens.
+            values are the cache, and the queries are its newest tokens. ``"hyper"`` estimates what
+            the providers of the other side compute exactly.
+        hyper: Which of ``HYPER_CONFIGS``, for ``"hyper"``.
         q_to_k: Key head of each query head; ``None`` means even contiguous groups.
         q_to_v: The same for value heads.
         window: Keys visible on the left and right of the lower-right diagonal, as in the package.
@@ -70,6 +73,7 @@ class Workload:
     window: Window | None = None
     dtype: str = "float32"
     mode: Mode = "forward"
+    hyper: Literal["paper", "default"] | None = None
     layout: Literal["tokens", "heads"] = "tokens"
     replayed: bool = False
     rank: int = 1
@@ -94,7 +98,7 @@ class Workload:
 
     @property
     def reads_a_cache(self) -> bool:
-        return self.op != "attention"
+        return self.op in ("decode", "mla_decode")
 
     @property
     def is_latent(self) -> bool:

@@ -8,9 +8,14 @@ import torch
 
 import efficient_attn as ea
 from bench.providers.protocol import Call, Side
-from bench.workloads import Inputs, Workload
+from bench.workloads import HYPER_CONFIGS, Inputs, Workload
 
-FUNCTIONS = {"attention": "attention", "decode": "attention_decode", "mla_decode": "mla_decode"}
+FUNCTIONS = {
+    "attention": "attention",
+    "decode": "attention_decode",
+    "mla_decode": "mla_decode",
+    "hyper": "hyper_attention",
+}
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,9 @@ class Ours:
             return lambda: ea.attention(
                 *inputs, head_map=head_map, causal=workload.causal, window=workload.window
             )
+        if workload.op == "hyper":
+            config = HYPER_CONFIGS[workload.hyper]
+            return lambda: ea.hyper_attention(*inputs, causal=workload.causal, config=config)
         lengths = torch.full((workload.batch,), workload.num_keys, dtype=torch.int32, device=device)
         if workload.op == "decode":
             return lambda: ea.attention_decode(
@@ -45,3 +53,23 @@ class Ours:
         return lambda: ea.mla_decode(
             q_latent, q_rope, cache, cache_lengths=lengths, scale=workload.scale
         )
+
+
+@dataclass(frozen=True)
+class OursExact:
+    """The exact function of the package beside its estimate, for information."""
+
+    name: str = "efficient_attn-exact"
+    side: Side = "yardstick"
+
+    def available(self, device: str) -> list[str]:
+        return []
+
+    def supports(self, workload: Workload) -> list[str]:
+        if workload.op != "hyper":
+            return ["the call is exact"]
+        # It takes as long as torch's; one of the two is enough where both take minutes.
+        return [] if workload.num_keys <= 2**15 else ["it would take minutes"]
+
+    def build(self, workload: Workload, inputs: Inputs) -> Call:
+        return lambda: ea.attention(*inputs, causal=workload.causal)

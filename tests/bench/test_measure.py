@@ -43,12 +43,18 @@ def test_repeats_fill_a_round_and_rounds_fill_the_time():
 
 
 def test_slow_steps_sit_out():
-    timings = interleave(steps(fast=1.0, slow=50.0), FakeClock(), seconds=0.0)
+    timings = interleave(steps(fast=1.0, slow=5.0), FakeClock(), seconds=0.0)
     assert timings["slow"].rounds == SLOW_ROUNDS and timings["fast"].rounds == MIN_ROUNDS
 
 
+def test_slow_steps_that_take_long_are_timed_once():
+    timings = interleave(steps(fast=9.0, slow=50.0), FakeClock(), seconds=0.0)
+    assert timings["slow"].rounds == 1 and timings["fast"].rounds == MIN_ROUNDS
+    assert timings["slow"].low == timings["slow"].median == timings["slow"].high == 50.0
+
+
 def test_a_ceiling_makes_nobody_slow():
-    every = steps(ceiling=0.1, fast=1.0, slow=50.0)
+    every = steps(ceiling=0.1, fast=1.0, slow=5.0)
     timings = interleave(every, FakeClock(), seconds=0.0, ceilings=["ceiling"])
     rounds = {name: timing.rounds for name, timing in timings.items()}
     assert rounds == {"ceiling": MIN_ROUNDS, "fast": MIN_ROUNDS, "slow": SLOW_ROUNDS}
