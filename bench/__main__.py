@@ -1,4 +1,4 @@
-"""``python -m bench``: list, run, generate, gpu, plot, compare, docs."""
+"""``python -m bench``: list, run, generate, quality, gpu, plot, compare, docs."""
 
 from __future__ import annotations
 
@@ -139,6 +139,22 @@ def generate(
         for length in context or (8192, 32768, 131072):
             time_generation(model, length, results.write, tokens=tokens)
     print_generation(read_records(out), console)
+    console.print(f"records: {out}")
+
+
+@app.command()
+def quality(
+    length: Annotated[int, typer.Option(help="Tokens in a text, at most 512.")] = 512,
+    rows: Annotated[int, typer.Option(help="Texts for each model.")] = 4,
+    seeds: Annotated[int, typer.Option(help="How often what is random is drawn anew.")] = 1,
+    out: Output = Path("bench-out/quality.jsonl"),
+) -> None:
+    """Measure what HyperAttention costs two trained models, beside a window of equal cost."""
+    from bench.quality import measure
+
+    with ResultsFile(out) as results:
+        results.write({"kind": "environment", **describe("cpu")})
+        measure(results.write, length=length, rows=rows, seeds=seeds)
     console.print(f"records: {out}")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from bench.environment import ROOT
 from bench.generate import ratio_to_torch
+from bench.quality_report import quality_rows
 from bench.report import (
     NOT_MEASURED,
     environment_of,
@@ -40,6 +41,8 @@ def markdown(records: list[dict]) -> str:
         _bytes_table(records),
         _generation_table(records),
     ]
+    for heading, (heads, *rows) in quality_rows(records):
+        tables.append(f"**{heading}**\n\n{_table(heads, rows)}")
     return "\n\n".join([_origin(records), *(table for table in tables if table)])
 
 

@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from bench.quality_report import quality_figure
 from bench.report import environment_of, ratios
 from bench.workloads import length_label
 
@@ -35,13 +36,14 @@ LINES = {"gather": "--", "groups": ":", "keys": "--", "packed": "-.", "read": ":
 
 
 def draw(records: list[dict], folder: Path) -> list[Path]:
-    """Write ``ratio``, ``time``, ``bandwidth`` and ``memory.png``, except those without data."""
+    """Write ``ratio``, ``time``, ``bandwidth``, ``memory`` and ``quality.png`` of what is there."""
     folder.mkdir(parents=True, exist_ok=True)
     figures = {
         "ratio": _ratio_figure,
         "time": _time_figure,
         "bandwidth": _bandwidth_figure,
         "memory": _memory_figure,
+        "quality": quality_figure,
     }
     written = []
     for name, make in figures.items():

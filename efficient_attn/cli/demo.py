@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from efficient_attn.cli import _decoding
+from efficient_attn.cli import _decoding, _estimating
 
 if TYPE_CHECKING:
     import torch
@@ -78,10 +78,12 @@ def demo(
         patched = str(patch.report)
     prompt = text.flatten()[:context][None]
     decodings = _decoding.decode(model, prompt, console)
+    estimation = _estimating.estimate(model, text.flatten()[None])
     same = theirs.tokens == ours.tokens and len({run.tokens for run in decodings}) == 1
     difference = abs(theirs.perplexity - ours.perplexity)
     console.print(_table(theirs, ours))
     console.print(f"decoding behind {prompt.shape[1]} cached tokens:", _decoding.table(decodings))
+    console.print(str(estimation))
     console.print(f"same greedy tokens: {'yes' if same else 'NO'}")
     console.print(f"difference in test perplexity: {difference:.1e}")
 
@@ -89,6 +91,7 @@ def demo(
     report = out / "report.md"
     texts = [tokenizer.decode(tokens) for tokens in ours.tokens]
     decoded = _decoding.markdown(decodings, prompt.shape[1])
+    decoded += f"\n## Estimating attention\n\n{estimation}. One layer of the model, forward.\n"
     report.write_text(_markdown(theirs, ours, same, difference, patched, texts, decoded, figure))
     console.print(f"report: {report}")
     if not same or difference > TOLERANCE:

@@ -16,6 +16,7 @@ def test_the_demo_writes_a_report_and_finds_the_same_tokens(tmp_path):
     assert result.exit_code == 0, result.output
     report = (tmp_path / "report.md").read_text()
     assert "a long one: identical" in report and "def binary_search" in report
+    assert "HyperAttention over 1024 tokens" in report and "times as fast" in report
     # 6 layers, 2 key and 2 value heads, 32 wide, 4 bytes: 3072 for a token.
     assert f"| sdpa | DynamicCache | {100 * 3072} |" in report
     assert f"| efficient_attn | StaticPastKeyValues | {116 * 3072} |" in report
