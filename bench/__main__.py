@@ -144,17 +144,28 @@ def generate(
 
 @app.command()
 def quality(
+    model: Annotated[
+        list[str] | None, typer.Option(help="Only models whose name contains this; repeatable.")
+    ] = None,
+    size: Annotated[
+        list[int] | None, typer.Option(help="Only b = m of 16, 32 or 64; repeatable.")
+    ] = None,
     length: Annotated[int, typer.Option(help="Tokens in a text, at most 512.")] = 512,
-    rows: Annotated[int, typer.Option(help="Texts for each model.")] = 4,
+    rows: Annotated[int, typer.Option(help="Texts for each model.")] = 8,
     seeds: Annotated[int, typer.Option(help="How often what is random is drawn anew.")] = 1,
     out: Output = Path("bench-out/quality.jsonl"),
 ) -> None:
     """Measure what HyperAttention costs two trained models, beside a window of equal cost."""
-    from bench.quality import measure
+    from bench.quality import MODELS, SIZES, measure
 
+    models = [m for m in MODELS if not model or any(name in m.name for name in model)]
+    if not models:
+        raise typer.BadParameter(f"no model fits; there are {[m.name for m in MODELS]}.")
     with ResultsFile(out) as results:
         results.write({"kind": "environment", **describe("cpu")})
-        measure(results.write, length=length, rows=rows, seeds=seeds)
+        measure(
+            results.write, models=models, sizes=size or SIZES, length=length, rows=rows, seeds=seeds
+        )
     console.print(f"records: {out}")
 
 

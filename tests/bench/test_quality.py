@@ -73,9 +73,9 @@ def test_exact_attention_costs_nothing_and_a_narrow_window_something(task):
     layers = list(range(len(attention_layers(task.model))))
     assert len(layers) == 6
     exact, narrow = full(LENGTH, True), window(LENGTH, 2, 4.0, True)
-    (result,), _, _ = run(task, [exact], layers)
+    (result,), _ = run(task, [exact], layers)
     assert abs(result["change"]) < 1e-5
-    (result,), _, _ = run(task, [narrow], layers)
+    (result,), _ = run(task, [narrow], layers)
     assert result["change"] > 0.01
     assert abs(task.result()["change"]) < 1e-9, "attention is as it was before"
 
