@@ -196,7 +196,7 @@ def _evaluate(
             None if grad_out is None else grad_out[:, heads, rows].flatten(1, 2).to(dtype),
             visible.repeat(count, 1),
             workload.scale,
-            None if plan is None else log_multiplicity(plan, workload.num_queries, head, rows),
+            None if plan is None else _log_weights(plan, workload.num_queries, heads, rows),
         )
         for name, read in (("dk", k), ("dv", v)):
             if name in results:
@@ -215,6 +215,12 @@ def _evaluate(
         for name, squares in {**spread, **sum_squares}.items()
     }
     return {**gathered, **sums}, magnitude
+
+
+def _log_weights(plan: ea.HyperPlan, nq: int, heads: slice, rows: Tensor) -> Tensor:
+    """What a plan adds to the scores of the sampled rows, one head under the other."""
+    each = (log_multiplicity(plan, nq, head, rows) for head in range(heads.start, heads.stop))
+    return torch.cat(list(each))
 
 
 def _heads_at_a_time(workload: Workload, most: int) -> Iterator[tuple[slice, int, int]]:
