@@ -44,8 +44,17 @@ def test_what_a_kernel_may_not_do(arch, metadata, ptx, spilled, in_loops, expect
     compile_check = pytest.importorskip("efficient_attn.kernels.triton.compile_check")
     monkeypatch.setattr(compile_check, "_registers_and_spills", lambda cubin: (99, spilled))
     monkeypatch.setattr(compile_check, "_spills_in_loops", lambda cubin: in_loops)
-    asm = {"cubin": b"", "ptx": ptx, "ttir": "tt.dot"}
+    asm = {"cubin": b"", "ptx": ptx, "ttir": "%2 = tt.dot %0, %1 -> tensor<64x128xf32>"}
     kernel = SimpleNamespace(asm=asm, metadata=SimpleNamespace(**metadata))
     case = compile_check.Case(arch, (64, 64), torch.bfloat16)
     failures = compile_check._judge(case, "_forward_kernel", kernel).failures
     assert not failures if expected is None else len(failures) == 1 and expected in failures[0]
+
+
+def test_the_few_rows_of_decoding_need_no_asynchronous_matmul(monkeypatch):
+    compile_check = pytest.importorskip("efficient_attn.kernels.triton.compile_check")
+    monkeypatch.setattr(compile_check, "_registers_and_spills", lambda cubin: (99, 0))
+    asm = {"cubin": b"", "ptx": "mma.sync", "ttir": "%2 = tt.dot %0, %1 -> tensor<16x128xf32>"}
+    kernel = SimpleNamespace(asm=asm, metadata=SimpleNamespace(**GOOD))
+    case = compile_check.Case("sm90", (64, 64), torch.bfloat16)
+    assert not compile_check._judge(case, "_decode_kernel", kernel).failures
