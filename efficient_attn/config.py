@@ -39,6 +39,10 @@ class HyperConfig:
             and their errors are alike.
         replacement: Sample with replacement, as published; otherwise one key from each of
             ``sample_size`` equal intervals.
+        max_error: Compute a head of a sample exactly if, in more than a tenth of its rows, the
+            standard error of the softmax denominator is more than this share of it, such as 0.1.
+            The errors cost a second pass over the samples, and are read back from an accelerator.
+            None for no limit.
 
     Raises:
         TypeError: A field is of the wrong kind.
@@ -56,6 +60,7 @@ class HyperConfig:
     align_blocks: bool = True
     own_samples: bool = True
     replacement: bool = False
+    max_error: float | None = None
 
     @classmethod
     def paper(cls, **changes: object) -> HyperConfig:
@@ -90,6 +95,11 @@ class HyperConfig:
         for name in ("center", "align_blocks", "own_samples", "replacement"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is {getattr(self, name)!r}; pass True or False.")
+        if self.max_error is not None:
+            if isinstance(self.max_error, bool) or not isinstance(self.max_error, (int, float)):
+                raise TypeError(f"max_error is {self.max_error!r}; pass a number or None.")
+            if not self.max_error > 0:
+                raise ValueError(f"max_error is {self.max_error}; it must be above 0.")
         if self.leaf_size is None:
             self._check_published_structure()
 

@@ -29,7 +29,8 @@ def hyper_attention(
     head_map: HeadMap | None = None,
     key_lengths: Tensor | None = None,
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    return_error: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """Softmax attention in which most keys are represented by a weighted sample.
 
     Each query attends exactly to keys near it and to a block of keys with a similar hash, and to a
@@ -58,14 +59,21 @@ def hyper_attention(
         key_lengths: Number of valid keys per sample, as in :func:`attention`; each sample is
             computed by itself.
         return_lse: Return the estimated log-sum-exp of the scores too.
+        return_error: Return also the standard error of each row's softmax denominator, as a share
+            of it: about that of ``lse``. It is itself estimated, from the sample, and blind to what
+            no sample has met; drawing with replacement it is too small by a factor of
+            ``sqrt(1 - sample_size / keys)``. Zero for a head that is exact, and only there or where
+            a row sees nothing that is sampled. It has no gradient.
 
     Returns:
-        ``out``, or ``(out, lse)``. A query that sees no key gives zeros and ``lse = -inf``.
+        ``out``, or a tuple of ``out`` and then ``lse`` and the error, as asked for. A query that
+        sees no key gives zeros and ``lse = -inf``.
 
     Shape:
         - query: ``(B, Hq, Nq, D)``; key: ``(B, Hk, Nk, D)``; value: ``(B, Hv, Nk, Dv)``
         - key_lengths: ``(B,)``
         - out: ``(B, Hq, Nq, Dv)``; lse: ``(B, Hq, Nq)``, natural logarithm, fp32 (fp64 for fp64)
+        - error: ``(B, Hq, Nq)``, in the dtype of ``lse``
 
     Raises:
         ValueError: A shape, a length, the head map or the plan does not fit.
@@ -82,7 +90,7 @@ def hyper_attention(
     maps = contract.resolve_map(head_map, query, key, value, heads=1, rows=query.shape[0])
     if key_lengths is not None:
         return _each_sample(
-            query, key, value, plan, head_map, key_lengths, return_lse,
+            query, key, value, plan, head_map, key_lengths, (True, return_lse, return_error),
             causal=causal, scale=scale, config=config, seed=seed,
         )  # fmt: skip
     scale = contract.resolve_scale(scale, query)
@@ -95,11 +103,42 @@ def hyper_attention(
         out, lse = torch.ops.efficient_attn.attention(
             query, key, value, *maps, None, None, *window, scale, 0.0
         )
+        error = torch.zeros_like(lse) if return_error else None
     else:
         out, lse = torch.ops.efficient_attn.hyper_attention(
             query, even_key, even_value, *plan, scale
         )
-    return (out, lse) if return_lse else out
+        error = None
+        if return_error or config.max_error is not None:
+            detached = (x.detach() for x in (query, even_key, lse))
+            error = torch.ops.efficient_attn.hyper_attention_error(*detached, *plan, scale)
+        if config.max_error is not None:
+            out, lse, error = _exact_over_budget(
+                query, even_key, even_value, out, lse, error, causal, scale, config.max_error
+            )
+    return _asked_for((out, lse, error), (True, return_lse, return_error))
+
+
+def _exact_over_budget(query, key, value, out, lse, error, causal, scale, budget):
+    """The heads of which a tenth of the rows are less certain than the budget, computed exactly."""
+    rank = max(1, math.ceil(0.9 * error.shape[-1]))
+    over = error.kthvalue(rank, dim=-1).values > budget
+    out, lse, error = out.clone(), lse.clone(), error.masked_fill(over.unsqueeze(-1), 0.0)
+    group = query.shape[1] // key.shape[1]
+    for sample in over.any(-1).nonzero().flatten().tolist():
+        heads = over[sample].nonzero().flatten()
+        k, v = (x[sample : sample + 1, heads // group] for x in (key, value))
+        exact = torch.ops.efficient_attn.attention(
+            query[sample : sample + 1, heads], k, v, None, None, None, None,
+            *window_limits(causal, None), scale, 0.0,
+        )  # fmt: skip
+        out[sample, heads], lse[sample, heads] = (x[0] for x in exact)
+    return out, lse, error
+
+
+def _asked_for(results, wanted: tuple[bool, bool, bool]):
+    chosen = tuple(x for x, is_wanted in zip(results, wanted, strict=True) if is_wanted)
+    return chosen[0] if len(chosen) == 1 else chosen
 
 
 def hyper_plan(
@@ -225,7 +264,7 @@ def hyper_attention_varlen(
     return (out, lse) if return_lse else out
 
 
-def _each_sample(query, key, value, plan, head_map, key_lengths, return_lse, **options):
+def _each_sample(query, key, value, plan, head_map, key_lengths, wanted, **options):
     """One call per sample, its keys and values cut to their length."""
     if plan is not None:
         raise ValueError(
@@ -235,15 +274,15 @@ def _each_sample(query, key, value, plan, head_map, key_lengths, return_lse, **o
     samples = []
     for i, length in enumerate(key_lengths.tolist()):
         k, v = (x[i : i + 1, :, :length] for x in (key, value))
-        options |= {"head_map": _row(head_map, i), "return_lse": True}
+        options |= {"head_map": _row(head_map, i), "return_lse": True, "return_error": wanted[2]}
         parts = [query[i : i + 1]]
         if not options["causal"] and 0 < length < query.shape[2] == key.shape[2]:
             # Tokens among themselves: without the padding, each stands opposite its own key.
             parts = parts[0].split([length, query.shape[2] - length], dim=2)
         results = [hyper_attention(q, k, v, **options) for q in parts]
         samples.append([torch.cat(x, dim=2) for x in zip(*results, strict=True)])
-    out, lse = (torch.cat(x) for x in zip(*samples, strict=True))
-    return (out, lse) if return_lse else out
+    out, lse, *error = (torch.cat(x) for x in zip(*samples, strict=True))
+    return _asked_for((out, lse, *error, None)[:3], wanted)
 
 
 def _even_heads(

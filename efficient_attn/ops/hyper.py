@@ -26,6 +26,9 @@ _register.define(
     f"Tensor value, Tensor out, Tensor lse, {_PLAN}, float scale)"
     " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
 )
+_register.define(
+    f"hyper_attention_error(Tensor query, Tensor key, Tensor lse, {_PLAN}, float scale) -> Tensor"
+)
 _PORTABLE = "efficient_attn.kernels.portable.hyper"
 _register.implement("hyper_attention", "CompositeExplicitAutograd", f"{_PORTABLE}:forward")
 _register.implement(
@@ -35,6 +38,15 @@ if _register.TRITON_IS_INSTALLED:
     _CUDA = "efficient_attn.kernels.cuda"
     _register.implement("hyper_attention", "CUDA", f"{_CUDA}:forward_hyper")
     _register.implement("hyper_attention_backward", "CUDA", f"{_CUDA}:backward_hyper")
+
+_register.implement(
+    "hyper_attention_error", "CompositeExplicitAutograd", f"{_PORTABLE}_error:error"
+)
+
+
+@_register.fake("hyper_attention_error")
+def _(query, key, lse, *options):
+    return torch.empty_like(lse)
 
 
 @_register.fake("hyper_attention")

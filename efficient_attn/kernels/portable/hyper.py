@@ -34,7 +34,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, *plan_and_scale) -> tuple
     for sample in range(batch):
         q, k, v = (x[sample] for x in (query, key, value))
         for run in leaf_runs(plan, nq, key.shape[2]):
-            part = _attend(run.queries(q), run.keys(k), run.keys(v), None, plan.causal, scale)
+            part = attend(run.queries(q), run.keys(k), run.keys(v), None, plan.causal, scale)
             run.queries(dense_out[sample]).copy_(part[0])
             run.queries(dense_lse[sample].unsqueeze(-1)).copy_(part[1].unsqueeze(-1))
 
@@ -43,8 +43,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, *plan_and_scale) -> tuple
     put = _put if plan.leaf_size == 0 and plan.key_order.shape[2] == 1 else _merge
     for rows, keys, bias in far_tiles(plan, query, key):
         real = rows.clamp(max=total - 1)
-        tile_q, tile_k, tile_v = _gather(q, real), _gather(k, keys), _gather(v, keys)
-        part_out, part_lse = _attend(tile_q, tile_k, tile_v, bias, False, scale)
+        tile_q, tile_k, tile_v = gather(q, real), gather(k, keys), gather(v, keys)
+        part_out, part_lse = attend(tile_q, tile_k, tile_v, bias, False, scale)
         rows = rows.flatten()
         put(out, lse, result.places(rows), rows, part_out.flatten(0, 2), part_lse.flatten())
     return dense_out.to(query.dtype), dense_lse.clone()
@@ -81,14 +81,14 @@ def backward(
     k, v = (Rows.of(x) for x in (key, value))
     for row, column, bias in far_tiles(plan, query, key):
         real = row.clamp(max=total - 1)
-        of_queries = [None if x is None else _gather(x, real) for x in of_rows]
+        of_queries = [None if x is None else gather(x, real) for x in of_rows]
         if (empty := row == total).any():
             # A row of zeros gives no gradient, and no overflow against keys that nobody chose.
             for x in of_queries:
                 if x is not None:
                     x.masked_fill_(empty[:, None, :, None], 0.0)
         grads = _attend_backward(
-            *of_queries, _gather(k, column), _gather(v, column), bias, False, scale
+            *of_queries, gather(k, column), gather(v, column), bias, False, scale
         )
         _add_rows(grad_q, row, grads[0])
         _add_rows(grad_k.view(-1, key.shape[-1]), column, grads[1])
@@ -97,7 +97,7 @@ def backward(
     return tuple(_tokens_major(g.to(query.dtype)) for g in grads)
 
 
-def _attend(query, key, value, bias, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def attend(query, key, value, bias, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Exact attention of many tiles, ``(tiles, heads, tokens, D)``."""
     right = 0 if causal else None
     return attention.forward(query, key, value, None, None, bias, None, None, right, scale, 0.0)
@@ -138,7 +138,7 @@ class Rows(NamedTuple):
         return (sample * self.tokens + token) * self.heads + head
 
 
-def _gather(x: Rows, index: Tensor) -> Tensor:
+def gather(x: Rows, index: Tensor) -> Tensor:
     """Rows as ``(tiles, 1, tokens, D)``, in the accumulator's precision."""
     rows = x.data.index_select(0, x.places(index.flatten())).to(_accumulator(x.data.dtype))
     return rows.view(index.shape[0], 1, index.shape[1], x.data.shape[-1])

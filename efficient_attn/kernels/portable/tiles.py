@@ -65,6 +65,15 @@ def far_tiles(plan: HyperPlan, query: Tensor, key: Tensor) -> Iterator[Tiles]:
         yield from _block_tiles(geometry, dim)
 
 
+def sampled_tiles(plan: HyperPlan, query: Tensor, key: Tensor) -> Iterator[Tiles]:
+    """The sampled columns alone; the bias of those that are exact for a row is ``-inf``."""
+    batch, heads, nk, dim = key.shape
+    geometry = _Geometry(plan, batch, heads, query.shape[1] // heads, query.shape[2], nk)
+    draws = plan.sample_keys.shape[-1]
+    for tile in (_sample_tiles if plan.samples_by_leaf else _block_tiles)(geometry, dim):
+        yield Tiles(tile.rows, tile.keys[:, -draws:], tile.bias[..., -draws:])
+
+
 def _block_tiles(geometry: _Geometry, dim: int) -> Iterator[Tiles]:
     plan, nk = geometry.plan, geometry.nk
     first = plan.block_first.flatten(0, 1)
