@@ -179,7 +179,8 @@ def _hyper() -> list[Workload]:
                 workloads += _sized(name[2], two, 4096, quick=quick, **which)
                 workloads += _sized(name[2], two, 8192, 16384, 32768, **which)
                 workloads += _sized(name[1], one, 131072, **which)
-                workloads += _sized(name[32], many, 32768, rank=1, **which)
+                headline = 0 if mode == "forward" else 1
+                workloads += _sized(name[32], many, 32768, rank=headline, **which)
             workloads += _sized(name[32], many, 131072, rank=2, causal=causal)
     return workloads
 
