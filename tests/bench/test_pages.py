@@ -31,6 +31,8 @@ def test_a_table_is_made_from_its_results(tmp_path):
         result(CACHE, "read", "ceiling", 0.001),
         result(even, "efficient_attn", "ours", 0.0045),
         result(uneven, "efficient_attn", "ours", 0.004),
+        result(even, "read", "ceiling", 0.0015),
+        result(uneven, "read", "ceiling", 0.001),
         result(GQA, "efficient_attn", "ours", 1.0),
         result(GQA, "sdpa-flash-gqa", "torch", 1.0),
         speech | {"tokens_per_second": 7.5},
@@ -48,7 +50,7 @@ def test_a_table_is_made_from_its_results(tmp_path):
     )
     assert f"| `{CACHE.name}` {row}" in new
     assert f"| `{GQA.name}` | 1000.0 |" in new and "| sdpa-flash-gqa | 1000.0 | **1.00** |" in new
-    assert "| `toy-uneven` | `toy-even` | 1.50 | 1.12 | 0.75 |" in new
+    assert "| `toy-uneven` | `toy-even` | 1.50 | 25% | 33% | 1.12 |" in new
     assert "| 99 | sdpa | 7.50 | 1.00 | 1.0e-02 |" in new
     assert "| 99 | sdpa |  |  | 1.0e-02 |" in new
     assert filled(new, tmp_path) == new
