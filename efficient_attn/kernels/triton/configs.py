@@ -83,8 +83,9 @@ _HALF_ON_AMPERE = {
         (16, 32, 8, 1),
     ),
 }
-# Elements of four bytes: the kernel that keeps two accumulators needs smaller tiles.
+# Elements of four bytes: kernels that keep two accumulators, or many addresses, need smaller tiles.
 _SINGLE = ((32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1))
+_SINGLE_HYPER = ((32, 32, 4, 1), (16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1))
 _SINGLE_KEY_VALUE = ((16, 32, 4, 1), (16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1))
 _ROWS = Tile(64, 0, 4, 1)
 # The largest head dims of queries and of values in each bucket.
@@ -146,8 +147,10 @@ def tile(
         i for i, b in enumerate(_BUCKETS) if head_dims[0] <= b[0] and head_dims[1] <= b[1]
     )
     if element_size == 4:
-        of_two_sums = kernel.endswith("grad_key_value")
-        return Tile(*(_SINGLE_KEY_VALUE if of_two_sums else _SINGLE)[bucket])
+        tiles = _SINGLE_HYPER if kernel.startswith("hyper") else _SINGLE
+        if kernel.endswith("grad_key_value"):
+            tiles = _SINGLE_KEY_VALUE
+        return Tile(*tiles[bucket])
     tiles = _HALF[kernel][kind]
     if arch in ("sm80", "sm86"):
         tiles = _HALF_ON_AMPERE.get((kernel, kind), tiles)
