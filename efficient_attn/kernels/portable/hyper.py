@@ -33,7 +33,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, *plan_and_scale) -> tuple
     dense_lse = lse[:-1].view(batch, num_heads, nq)
     for sample in range(batch):
         q, k, v = (x[sample] for x in (query, key, value))
-        for run in leaf_runs(plan, nq, key.shape[2]):
+        for run in leaf_runs(plan, nq, key.shape[2], num_heads * query.shape[-1]):
             part = attend(run.queries(q), run.keys(k), run.keys(v), None, plan.causal, scale)
             run.queries(dense_out[sample]).copy_(part[0])
             run.queries(dense_lse[sample].unsqueeze(-1)).copy_(part[1].unsqueeze(-1))
@@ -66,7 +66,7 @@ def backward(
         k, v = key[sample], value[sample]
         rows = (grad_out, None if grad_lse is None else grad_lse.unsqueeze(-1), query, out)
         rows = (*rows, lse.unsqueeze(-1))
-        for run in leaf_runs(plan, nq, key.shape[2]):
+        for run in leaf_runs(plan, nq, key.shape[2], num_heads * query.shape[-1]):
             of_queries = (None if x is None else run.queries(x[sample]) for x in rows)
             grads = _attend_backward(
                 *of_queries, run.keys(k), run.keys(v), None, plan.causal, scale

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from efficient_attn.planning import HyperPlan
 
+# Elements of queries computed at once: memory does not grow with the tokens, nor caches overflow.
+_ELEMENTS = 1 << 21
+
 
 class Run(NamedTuple):
     """Leaves of one shape in a row: each of them ``step`` tokens behind the one before.
@@ -40,8 +43,11 @@ class Run(NamedTuple):
             piece.keys(total).add_(part)
 
 
-def leaf_runs(plan: HyperPlan, nq: int, nk: int) -> Iterator[Run]:
-    """The leaves that have queries and near keys: inner ones together, those at the edges alone."""
+def leaf_runs(plan: HyperPlan, nq: int, nk: int, width: int) -> Iterator[Run]:
+    """The leaves that have queries and near keys: many inner ones together, those at edges alone.
+
+    ``width`` is the number of elements of a token in all heads.
+    """
     leaf, corner = plan.leaf_size, nk - nq
     if leaf == 0:
         return
@@ -61,7 +67,13 @@ def leaf_runs(plan: HyperPlan, nq: int, nk: int) -> Iterator[Run]:
             yield run
         start = stop
     if interior is not None:
-        yield interior
+        together = max(1, _ELEMENTS // (leaf * width))
+        for done in range(0, interior.leaves, together):
+            yield interior._replace(
+                query=interior.query + done * leaf,
+                key=interior.key + done * leaf,
+                leaves=min(together, interior.leaves - done),
+            )
 
 
 def _windows(x: Tensor, start: int, size: int, run: Run) -> Tensor:
