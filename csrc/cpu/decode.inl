@@ -1,9 +1,7 @@
 // Attention of a few queries to cached rows. Included by for_each_isa.h, once per instruction set.
 
-#include "cpu/exp.inl"
-#include "cpu/merge_states.inl"
-//
 #include "cpu/decode_products.inl"
+#include "cpu/merge_states.inl"
 
 template <typename Value>
 using Packed = typename Dot<Value>::Packed;
@@ -106,12 +104,15 @@ void soften_row(const DecodePart<Value>& part, int64_t row, int64_t from, int64_
   for (int i = 0; i < step; ++i) position[i] = Real(i);
   for (int i = 0; i < step; ++i) top[i] = Real(-INFINITY);
   const Vec nothing = top;
+  const bool masked = from > 0 || to < kDecodeBlock;
   const Real cap = part.softcap, factor = cap > 0 ? part.scale / cap : part.scale;
   for (int i = 0; i < count; ++i) {
     scores[i] = load(part.scores + row * kDecodeBlock + i * step) * factor;
     if (cap > 0) scores[i] = tanh_of(scores[i]) * cap;
-    const Vec at = position + Real(i * step);
-    scores[i] = ((at >= Real(from)) & (at < Real(to))) ? scores[i] : nothing;
+    if (masked) {
+      const Vec at = position + Real(i * step);
+      scores[i] = ((at >= Real(from)) & (at < Real(to))) ? scores[i] : nothing;
+    }
     top = scores[i] > top ? scores[i] : top;
   }
   const Real before = part.max[row], block_max = lane_max(top);
@@ -139,7 +140,8 @@ void weigh_rows(
     const DecodePart<Value>& part, const HeadRows<Value>& values, int64_t count,
     const int32_t* rows, const RowsAhead<Value>& ahead) {
   using Real = RealOf<Value>;
-  constexpr int wide = kRows <= 2 ? 8 : 4, narrow = Dot<Value>::step / lanes<Real>;
+  constexpr int narrow = Dot<Value>::step / lanes<Real>;
+  constexpr int wide = kRows == 1 ? 8 : tile_sums<Value> / (kRows == 3 ? 4 : kRows);
   WeighedTile<Value> tile{values.base, values.offsets, count, {}, {}, {}, ahead, 0, 0};
   for (int r = 0; r < kRows; ++r) {
     tile.weights[r] = reinterpret_cast<Packed<Value>*>(part.weights) + rows[r] * kDecodeBlock;
@@ -162,32 +164,41 @@ void weigh_rows(
   }
 }
 
-// Tiles of at most four rows; the first one asks for the rows ahead.
+// The first tile of a head asks for the rows ahead.
 template <typename Value>
 void score_keys(
     const DecodePart<Value>& part, const HeadRows<Value>& keys, int64_t count,
     const HeadReaders& readers, RowsAhead<Value> ahead) {
-  int64_t row = readers.first, rest = readers.count;
-  for (; rest > 0; row += 4, rest -= 4, ahead.count = 0) {
-    if (rest >= 4) score_rows<4>(part, keys, count, row, ahead);
-    if (rest == 3) score_rows<3>(part, keys, count, row, ahead);
-    if (rest == 2) score_rows<2>(part, keys, count, row, ahead);
-    if (rest == 1) score_rows<1>(part, keys, count, row, ahead);
+  constexpr int most = tile_rows<Value>;
+  int64_t row = readers.first, end = readers.first + readers.count;
+  for (; row + most <= end; row += most, ahead.count = 0) {
+    score_rows<most>(part, keys, count, row, ahead);
   }
+  if constexpr (most > 2) {
+    if (end - row == 3) score_rows<3>(part, keys, count, row, ahead);
+    if (end - row == 2) score_rows<2>(part, keys, count, row, ahead);
+  }
+  if (end - row == 1) score_rows<1>(part, keys, count, row, ahead);
 }
 
 template <typename Value>
 void weigh_values(
     const DecodePart<Value>& part, const HeadRows<Value>& values, int64_t count,
     const HeadReaders& readers, RowsAhead<Value> ahead) {
-  const int32_t* rows = part.value_rows + readers.first;
-  int64_t rest = readers.count;
-  for (; rest > 0; rows += 4, rest -= 4, ahead.count = 0) {
-    if (rest >= 4) weigh_rows<4>(part, values, count, rows, ahead);
-    if (rest == 3) weigh_rows<3>(part, values, count, rows, ahead);
-    if (rest == 2) weigh_rows<2>(part, values, count, rows, ahead);
-    if (rest == 1) weigh_rows<1>(part, values, count, rows, ahead);
+  constexpr int most = tile_rows<Value>;
+  const int32_t* row = part.value_rows + readers.first;
+  const int32_t* const end = row + readers.count;
+  if constexpr (Dot<Value>::interleaves) {
+    for (; row + 8 <= end; row += 8, ahead.count = 0) weigh_rows<8>(part, values, count, row, ahead);
   }
+  for (; row + most <= end; row += most, ahead.count = 0) {
+    weigh_rows<most>(part, values, count, row, ahead);
+  }
+  if constexpr (most > 2) {
+    if (end - row == 3) weigh_rows<3>(part, values, count, row, ahead);
+    if (end - row == 2) weigh_rows<2>(part, values, count, row, ahead);
+  }
+  if (end - row == 1) weigh_rows<1>(part, values, count, row, ahead);
 }
 
 // out = weighted / sum; zeros where nothing was seen.

@@ -44,7 +44,7 @@ struct DecodePlan {
   static constexpr int64_t kMostRowBytes = 512 << 10;
   static constexpr int64_t kLeastPartBytes = 128 << 10;
   static constexpr int64_t kMostParts = 256;
-  static constexpr int64_t kBytesPerPartialByte = 64;
+  static constexpr int64_t kBytesPerPartialByte = 16;
 
   void add_sequence(
       const DecodeSizes& sizes, const std::vector<HeadFamily>& families, int64_t sequence,
@@ -68,20 +68,23 @@ struct DecodePlan {
     }
   }
 
+  // How many of `size` hold `count`.
+  static int64_t whole(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
   void split(const DecodeSizes& sizes) {
     for (size_t g = 0; g < groups.size(); ++g) {
       DecodeGroup& group = groups[g];
       const int64_t partial_bytes = group.rows() * (sizes.value_dim + 1) * sizes.real_bytes;
       const int64_t part_bytes = std::max(
           {bytes / kMostParts, kLeastPartBytes, partial_bytes * kBytesPerPartialByte});
-      const int64_t count = group.end - group.begin;
-      const int64_t most = std::max<int64_t>(
-          kDecodeBlock, part_bytes / std::max<int64_t>(1, sizes.token_bytes(*group.family)));
-      group.splits = std::max<int64_t>(1, (count + most - 1) / most);
-      const int64_t blocks = (count + kDecodeBlock - 1) / kDecodeBlock;
-      group.split_tokens = (blocks + group.splits - 1) / group.splits * kDecodeBlock;
-      group.splits = std::max<int64_t>(1, group.split_tokens == 0 ? 1 :
-          (count + group.split_tokens - 1) / group.split_tokens);
+      const int64_t token_bytes = std::max<int64_t>(1, sizes.token_bytes(*group.family));
+      const int64_t most = std::max<int64_t>(1, part_bytes / token_bytes / kDecodeBlock);
+      // Splits of about the same size, rather than full ones and a rest.
+      const int64_t blocks = whole(group.end - group.begin, kDecodeBlock);
+      const int64_t each = std::max<int64_t>(
+          1, whole(blocks, std::max<int64_t>(1, whole(blocks, most))));
+      group.split_tokens = each * kDecodeBlock;
+      group.splits = std::max<int64_t>(1, whole(blocks, each));
       group.first_partial = partials;
       if (group.splits > 1) partials += group.splits * group.rows();
       most_rows = std::max(most_rows, group.rows());

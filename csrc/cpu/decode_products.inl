@@ -1,11 +1,14 @@
 // The two products of attention on tiles of a few rows: scores = queries . keys, and
 // weighted = weights . values. Included by decode.inl.
 
+#include "cpu/vector_math.inl"
+
 // Memory of any type in vectors: how wide they are, and how products of them are summed.
 template <typename Value>
 struct Dot {
   using Packed = RealOf<Value>;  // What queries are stored as.
   static constexpr int step = lanes<Packed>;
+  static constexpr bool interleaves = false;  // Whether pairs of rows of values are.
   template <typename T>
   static EA_HOST_DEVICE auto vector(const T* p) { return load(p); }
   template <typename T>
@@ -21,6 +24,7 @@ template <>
 struct Dot<BFloat16> {
   using Packed = BFloat16;
   static constexpr int step = 32;
+  static constexpr bool interleaves = true;
   static EA_HOST_DEVICE __m512i vector(const BFloat16* p) { return _mm512_loadu_si512(p); }
   static EA_HOST_DEVICE __m512i some(const BFloat16* p, int64_t count) {
     return _mm512_maskz_loadu_epi16((1u << count) - 1, p);
@@ -33,6 +37,13 @@ struct Dot<BFloat16> {
   }
 };
 #endif
+
+// A tile keeps so many sums in registers, and has so many rows at most. With few registers 8 are best,
+// unless values have to be converted: that is shared by the rows, and worth some spilled sums.
+template <typename Value>
+constexpr int tile_sums = EA_VECTOR_BYTES == 64 || sizeof(Value) == 2 ? 16 : 8;
+template <typename Value>
+constexpr int tile_rows = tile_sums<Value> / 4;
 
 template <typename Value>
 using VectorOf = decltype(load(static_cast<const Value*>(nullptr)));
@@ -92,9 +103,9 @@ struct WeighedTile {
   const Value* values;       // the head, at the first column of the tile
   const int64_t* offsets;    // of each token in it
   int64_t tokens;
-  const typename Dot<Value>::Packed* weights[4];
-  Real fade[4];              // what is there already counts so much
-  Real* weighted[4];         // at the first column of the tile
+  const typename Dot<Value>::Packed* weights[8];
+  Real fade[8];              // what is there already counts so much
+  Real* weighted[8];         // at the first column of the tile
   RowsAhead<Value> ahead;    // to be fetched meanwhile, in these columns
   int64_t fetch_from, fetch_to;
 };
