@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
 
+from efficient_attn.kernels.conventions import tokens_major
+
 aten = torch.ops.aten
 
 
@@ -54,7 +56,7 @@ def forward(which: str, query, key, value, causal: bool, scale: float) -> tuple[
         )
     # cuDNN keeps a trailing dimension of one.
     lse = lse.reshape(query.shape[:3])
-    return _tokens_major(out), lse.contiguous()
+    return tokens_major(out), lse.contiguous()
 
 
 def backward(
@@ -74,13 +76,9 @@ def backward(
         grads = aten._scaled_dot_product_flash_attention_backward(
             grad_out, query, key, value, out, lse, *lengths, 0.0, causal, seed, offset, scale=scale
         )
-    return tuple(map(_tokens_major, grads))
+    return tuple(map(tokens_major, grads))
 
 
 @functools.cache
 def _prefers_cudnn(device: int) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def _tokens_major(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).contiguous().transpose(1, 2)

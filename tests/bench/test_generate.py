@@ -1,3 +1,5 @@
+import io
+
 import pytest
 from rich.console import Console
 
@@ -33,7 +35,7 @@ def test_decoding_is_checked_and_timed(model):
         assert record["status"] == "timed" and record["error"] < record["error_limit"] < 0.1
         assert record["tokens_per_second"] > 0 and record["context"] == 40
         assert len(record["seconds_per_round"]) == generate.ROUNDS
-    console = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(record=True, width=200, file=io.StringIO())
     print_generation(records, console)
     assert "efficient_attn, PagedPastKeyValues" in console.export_text()
 

@@ -1,3 +1,4 @@
+import io
 import json
 import re
 from dataclasses import replace
@@ -108,7 +109,7 @@ def test_records_name_no_place(tmp_path):
 
 
 def test_summary_says_what_was_not_measured():
-    console = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(record=True, width=200, file=io.StringIO())
     wrong = result(UNEVEN, "other", "torch", 1.0) | {"status": "wrong", "reasons": ["out is off"]}
     print_summary([*example(), wrong], console)
     text = console.export_text()

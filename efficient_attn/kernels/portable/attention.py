@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from efficient_attn.kernels.conventions import accumulator
 from efficient_attn.kernels.portable import blocked, flash_cpu
 
 
@@ -45,7 +46,7 @@ def forward_varlen(
     """The ``attention_varlen`` op, one sequence after the other."""
     tokens, heads, _ = query.shape
     out = query.new_zeros(tokens, heads, value.shape[-1])
-    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    lse_dtype = accumulator(query.dtype)
     lse = query.new_full((tokens, heads), -torch.inf, dtype=lse_dtype)
     options = (None, None, window_left, window_right, scale, softcap)
     for i, (q_tokens, k_tokens) in enumerate(_sequences(cu_seqlens_q, cu_seqlens_k)):

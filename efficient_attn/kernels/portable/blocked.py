@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from efficient_attn.kernels.conventions import accumulator, tokens_major
+
 # Scores held at once: 4 MB in fp32, which stays in the caches of a server CPU.
 _SCORES_PER_BLOCK = 1 << 20
 
@@ -47,7 +49,7 @@ def forward(
     query, key, value, q_to_k, q_to_v, bias, key_lengths, left, right, scale, softcap
 ) -> tuple[Tensor, Tensor]:
     """The ``attention`` op."""
-    dtype = _compute_dtype(query)
+    dtype = accumulator(query.dtype)
     batch, num_heads, nq, _ = query.shape
     out = query.new_empty(batch, nq, num_heads, value.shape[-1]).transpose(1, 2)
     lse = query.new_empty(batch, num_heads, nq, dtype=dtype)
@@ -70,7 +72,7 @@ def backward(
     left, right, scale, softcap, needs_bias_grad,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The ``attention_backward`` op; sums over groups are taken in fp32 in a fixed order."""
-    dtype = _compute_dtype(query)
+    dtype = accumulator(query.dtype)
     options = _Options(_four_dims(bias), key_lengths, left, right, scale, softcap)
     grad_out = grad_out.to(dtype)
     delta = (grad_out * out).sum(-1)
@@ -115,7 +117,7 @@ def backward(
         _add_heads(grad_value, part_grad_value, q_to_v, part.heads, query.shape[1])
 
     grads = (
-        _tokens_major(grad, x.dtype)
+        tokens_major(grad.to(x.dtype))
         for grad, x in ((grad_query, query), (grad_key, key), (grad_value, value))
     )
     grad_bias = (
@@ -127,7 +129,7 @@ def backward(
 def _parts(query, key, value, q_to_k, q_to_v, key_lengths) -> Iterator[_Heads]:
     """All heads at once where groups are even and shared, otherwise one query head at a time."""
     num_heads, num_k_heads = query.shape[1], key.shape[1]
-    dtype = _compute_dtype(query)
+    dtype = accumulator(query.dtype)
 
     def loaded(x: Tensor) -> Tensor:
         """Upcast, with the tokens behind ``key_lengths`` replaced: they may hold NaN."""
@@ -249,14 +251,6 @@ def _four_dims(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _finite(lse: Tensor) -> Tensor:
     """Zero in place of -inf, so that a row that sees nothing gives exp(-inf - 0) = 0."""
     return lse.masked_fill(lse == -torch.inf, 0.0)
-
-
-def _tokens_major(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)

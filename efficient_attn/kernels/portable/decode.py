@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from efficient_attn.kernels.conventions import tokens_major
 from efficient_attn.kernels.portable import attention
 
 
@@ -35,7 +36,7 @@ def latent_decode(
     rows = cache.unsqueeze(1)
     options = (cache_lengths, block_table, None, None, None, scale, 0.0)
     out, lse = decode(query, rows, rows, *options)
-    return _tokens_major(out[..., : q_latent.shape[-1]]), lse
+    return tokens_major(out[..., : q_latent.shape[-1]]), lse
 
 
 def _rows(cache: Tensor, lengths: Tensor, block_table: Tensor | None) -> Tensor:
@@ -53,7 +54,3 @@ def _rows(cache: Tensor, lengths: Tensor, block_table: Tensor | None) -> Tensor:
 def _one_token(x: Tensor) -> Tensor:
     """``(B, H, D)`` as ``(B, H, 1, D)``, stored with tokens before heads."""
     return x.contiguous().unsqueeze(1).transpose(1, 2)
-
-
-def _tokens_major(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).contiguous().transpose(1, 2)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from efficient_attn.kernels.conventions import accumulator, tokens_major
 from efficient_attn.kernels.portable.cutting import Piece, Problem, pieces, problems
 from efficient_attn.masking import visible
 
@@ -54,7 +55,7 @@ def forward(
             ]
             block_out, block_lse = functools.reduce(_merge, results)
             if block_out.shape == shape:
-                return _tokens_major(block_out.to(query.dtype)), block_lse.contiguous()
+                return tokens_major(block_out.to(query.dtype)), block_lse.contiguous()
             if out is None:
                 room = _room if _every_row_is_reached(query, key, key_lengths, right) else blind
                 out, lse = room(query, shape[-1])
@@ -247,7 +248,7 @@ def _room(query: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Memory for the result, uninitialized."""
     batch, num_heads, nq, _ = query.shape
     out = query.new_empty(batch, nq, num_heads, width).transpose(1, 2)
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    dtype = accumulator(query.dtype)
     return out, query.new_empty(batch, num_heads, nq, dtype=dtype)
 
 
@@ -278,14 +279,10 @@ def _occupies_threads(key: Tensor) -> bool:
 
 
 def _zeros(shape: torch.Size, like: Tensor) -> Tensor:
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    dtype = accumulator(like.dtype)
     batch, heads, tokens, dim = shape
     return like.new_zeros(batch, tokens, heads, dim, dtype=dtype).transpose(1, 2)
 
 
 def _finished(grads: list[Tensor], dtypes: list[torch.dtype]) -> tuple[Tensor, ...]:
-    return tuple(_tokens_major(g.to(dtype)) for g, dtype in zip(grads, dtypes, strict=True))
-
-
-def _tokens_major(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
+    return tuple(tokens_major(g.to(dtype)) for g, dtype in zip(grads, dtypes, strict=True))

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from efficient_attn.kernels.conventions import accumulator, tokens_major
 from efficient_attn.kernels.portable import attention
 from efficient_attn.kernels.portable.leaves import leaf_runs
 from efficient_attn.kernels.portable.tiles import far_tiles
@@ -24,7 +25,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, *plan_and_scale) -> tuple
     *fields, scale = plan_and_scale
     plan = HyperPlan(*fields)
     batch, num_heads, nq, _ = query.shape
-    dtype = _accumulator(query.dtype)
+    dtype = accumulator(query.dtype)
     total = batch * num_heads * nq
     # One row more than there are, for the empty places of tiles. The output lies token by token.
     out = torch.zeros(total + 1, value.shape[-1], dtype=dtype, device=query.device)
@@ -58,7 +59,7 @@ def backward(
     plan = HyperPlan(*fields)
     batch, num_heads, nq, _ = query.shape
     total = batch * num_heads * nq
-    dtype = _accumulator(query.dtype)
+    dtype = accumulator(query.dtype)
     grad_q = torch.zeros(total + 1, query.shape[-1], dtype=dtype, device=query.device)
     grad_k, grad_v = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (key, value))
     dense_grad_q = grad_q[:-1].view(query.shape)
@@ -94,7 +95,7 @@ def backward(
         _add_rows(grad_k.view(-1, key.shape[-1]), column, grads[1])
         _add_rows(grad_v.view(-1, value.shape[-1]), column, grads[2])
     grads = (dense_grad_q, grad_k, grad_v)
-    return tuple(_tokens_major(g.to(query.dtype)) for g in grads)
+    return tuple(tokens_major(g.to(query.dtype)) for g in grads)
 
 
 def attend(query, key, value, bias, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -140,7 +141,7 @@ class Rows(NamedTuple):
 
 def gather(x: Rows, index: Tensor) -> Tensor:
     """Rows as ``(tiles, 1, tokens, D)``, in the accumulator's precision."""
-    rows = x.data.index_select(0, x.places(index.flatten())).to(_accumulator(x.data.dtype))
+    rows = x.data.index_select(0, x.places(index.flatten())).to(accumulator(x.data.dtype))
     return rows.view(index.shape[0], 1, index.shape[1], x.data.shape[-1])
 
 
@@ -163,11 +164,3 @@ def _add_rows(total: Tensor, index: Tensor, grad: Tensor) -> None:
     """``total[index] += grad``; a row that occurs more than once adds up in a fixed order."""
     index = index.reshape(-1, 1).expand(-1, total.shape[-1])
     total.scatter_add_(0, index, grad.reshape(index.shape).to(total.dtype))
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _tokens_major(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
