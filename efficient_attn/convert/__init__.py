@@ -1,0 +1,1 @@
+"""Conversion of trained checkpoints between attention layouts, with proof of what changed."""
