@@ -1,8 +1,15 @@
 """Attention as ``nn.Module``."""
 
+from efficient_attn.layers.diffqkv import DiffQKVAttention
 from efficient_attn.layers.grouped import GroupedQueryAttention
 from efficient_attn.layers.hyper import HyperAttention
 from efficient_attn.layers.multihead import MultiheadAttention
 from efficient_attn.layers.rotary import RotaryEmbedding
 
-__all__ = ["GroupedQueryAttention", "HyperAttention", "MultiheadAttention", "RotaryEmbedding"]
+__all__ = [
+    "DiffQKVAttention",
+    "GroupedQueryAttention",
+    "HyperAttention",
+    "MultiheadAttention",
+    "RotaryEmbedding",
+]
