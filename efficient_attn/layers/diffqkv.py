@@ -14,6 +14,15 @@ from efficient_attn.head_map import HeadMap
 from efficient_attn.layers.grouped import GroupedQueryAttention
 
 
+class LinearFromZero(nn.Linear):
+    """A projection that starts by giving nothing."""
+
+    def reset_parameters(self) -> None:
+        """Set all parameters to zero."""
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+
 class DiffQKVAttention(GroupedQueryAttention):
     r"""Attention with separate numbers and widths of query, key and value heads.
 
@@ -123,8 +132,9 @@ class DiffQKVAttention(GroupedQueryAttention):
             inner = augmented_query_dim
             self.q_gate_proj = nn.Linear(query_width, inner, bias=False, **factory)
             self.q_up_proj = nn.Linear(query_width, inner, bias=False, **factory)
-            self.q_down_proj = nn.Linear(inner, query_width, bias=False, **factory)
-        self._start_added_weights()
+            last = LinearFromZero if query_residual else nn.Linear
+            self.q_down_proj = last(inner, query_width, bias=False, **factory)
+        self.reset_key_up()
 
     def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query ``(B, Hq, N, Dk)``, key ``(B, Hk, M, Dk)`` and value ``(B, Hv, M, Dv)`` heads."""
@@ -179,15 +189,12 @@ class DiffQKVAttention(GroupedQueryAttention):
     def reset_parameters(self) -> None:
         """Reinitialise all parameters."""
         super().reset_parameters()
-        self._start_added_weights()
+        self.reset_key_up()
 
-    @torch.no_grad()
-    def _start_added_weights(self) -> None:
+    def reset_key_up(self) -> None:
+        """Start ``key_up``, if there is one, so that scores are as large as without it."""
         if self.key_up is not None:
-            # Columns of about unit length keep the scores where ``direct`` has them.
-            nn.init.normal_(self.key_up, std=1 / math.sqrt(self.key_up.shape[1]))
-        if self.augmented_query_dim and self.query_residual:
-            nn.init.zeros_(self.q_down_proj.weight)
+            nn.init.normal_(self.key_up, std=1 / math.sqrt(self.query_dim))
 
     def extra_repr(self) -> str:
         """As the base class, and the augmented query."""
