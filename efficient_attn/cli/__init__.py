@@ -6,6 +6,7 @@ import typer
 
 from efficient_attn.cli.demo import demo
 from efficient_attn.cli.info import info
+from efficient_attn.cli.plan import plan
 
 app = typer.Typer(
     help="Efficient transformer attention for any head map.",
@@ -15,3 +16,4 @@ app = typer.Typer(
 )
 app.command()(info)
 app.command()(demo)
+app.command()(plan)
