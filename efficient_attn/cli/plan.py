@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -103,8 +104,8 @@ def plan(
 
 
 def _table(rows: list[dict], baseline: str) -> Table:
-    table = Table()
-    for heading in ("variant", "bytes/token", "cache", "read ms", "weights ms", "step", "from"):
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for heading in ("variant", "B/token", "cache", "cache ms", "weights", "step", "from"):
         table.add_column(heading, no_wrap=True)
     totals = {row["variant"]: sum(row["seconds"].values()) for row in rows}
     for row in rows:
@@ -124,4 +125,4 @@ def _table(rows: list[dict], baseline: str) -> Table:
 def _threshold(tokens: float) -> str:
     if tokens == 0:
         return "always"
-    return "never" if tokens == float("inf") else f"{tokens:,.0f} tokens"
+    return "never" if tokens == float("inf") else f"{tokens:,.0f}"

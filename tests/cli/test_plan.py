@@ -20,7 +20,7 @@ def test_it_prints_every_variant():
     assert shown.exit_code == 0, shown.output
     for name in ("MHA 32", "GQA 32/16", "MQA 32/1", "MLA 512+64", "DiffQKV 32/4/16"):
         assert name in shown.output
-    assert "22,528 tokens" in shown.output
+    assert "22,528" in shown.output
 
 
 def test_its_json_holds_the_same_figures():
@@ -39,7 +39,7 @@ def test_its_json_holds_the_same_figures():
         (["--device", "abacus"], "--bandwidth"),
         (["--dtype", "int3"], "bf16"),
         (["--key-heads", "5"], "does not divide"),
-        (["--heads", "0"], "range"),
+        (["--heads", "0"], "--heads"),
     ],
 )
 def test_what_it_does_not_know_is_named(arguments, message):
