@@ -1,4 +1,4 @@
-"""``python -m bench``: list, run, generate, quality, gpu, plot, compare, docs."""
+"""``python -m bench``: list, run, generate, replay, quality, gpu, plot, compare, docs."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from bench.measure import clock_for
 from bench.pages import filled
 from bench.plot import draw
 from bench.providers import PROVIDERS, Provider, reasons_against
+from bench.replay import print_replay, replay
 from bench.report import ResultsFile, print_summary, read_records
 from bench.runner import run_workload
 from bench.suites import SUITES, select
@@ -139,6 +140,29 @@ def generate(
         for length in context or (8192, 32768, 131072):
             time_generation(model, length, results.write, tokens=tokens)
     print_generation(read_records(out), console)
+    console.print(f"records: {out}")
+
+
+@app.command("replay")
+def replay_sigma(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    prefix: Annotated[
+        list[int] | None,
+        typer.Option(help="Cached tokens; may be repeated. Default: 2048, 4096, 16384 and 32768."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    out: Output = Path("bench-out/replay.jsonl"),
+) -> None:
+    """Replay the decoding experiment of the Sigma paper, without a cache that copies itself."""
+    if device == "cuda":
+        _need_cuda()
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise typer.BadParameter(f"dtype is {dtype!r}; it must be bfloat16, float16 or float32.")
+    with ResultsFile(out) as results:
+        results.write({"kind": "environment", **describe(device)})
+        for length in prefix or (2048, 4096, 16384, 32768):
+            replay(length, getattr(torch, dtype), device, results.write)
+    print_replay(read_records(out), console)
     console.print(f"records: {out}")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from bench.environment import ROOT
 from bench.generate import ratio_to_torch
 from bench.quality_report import quality_rows
+from bench.replay import replay_rows
 from bench.report import (
     NOT_MEASURED,
     environment_of,
@@ -40,6 +41,7 @@ def markdown(records: list[dict]) -> str:
         _cache_table(records),
         _bytes_table(records),
         _generation_table(records),
+        _replay_table(records),
     ]
     for heading, (heads, *rows) in quality_rows(records):
         tables.append(f"**{heading}**\n\n{_table(heads, rows)}")
@@ -168,6 +170,11 @@ def _generation_table(records: list[dict]) -> str:
         if record["kind"] == "generate"
     ]
     return _table(("context", "attention, cache", "tokens/s", "ratio", "error of the logits"), rows)
+
+
+def _replay_table(records: list[dict]) -> str:
+    heads, *rows = replay_rows(records)
+    return _table(heads, rows)
 
 
 def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
