@@ -1,0 +1,217 @@
+"""Writing a converted checkpoint so that it appears whole or not at all.
+
+Shards go to a folder beside the destination, which is renamed to it at the very end. Beside them
+``state.json`` lists what is finished, so a conversion that was killed goes on where it was, and
+ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from efficient_attn.convert.checkpoint import INDEX, MAX_CONFIG_BYTES, file_digest
+from efficient_attn.convert.header import parse_json, read_bounded
+from efficient_attn.errors import ConversionError
+
+STATE = "state.json"
+
+
+class StagedCheckpoint:
+    """A checkpoint in the making, one safetensors file per part.
+
+    Args:
+        destination: The folder that it becomes. It must not exist, or be empty, or be a checkpoint
+            that ``force`` allows to replace.
+        parts: Names of the parts, in order.
+        identity: What decides the bytes of the output: digests of the source, options, versions. An
+            unfinished conversion is only resumed with an equal one.
+        needed_bytes: Room that all parts take, asked for before anything is written.
+        resume: Go on with an unfinished conversion of the same identity.
+        force: Replace what is there.
+
+    Raises:
+        ConversionError: The destination is in use, an unfinished conversion is in the way or not
+            the same, or there is not enough room.
+    """
+
+    def __init__(
+        self,
+        destination: Path,
+        parts: Sequence[str],
+        identity: Mapping[str, object],
+        *,
+        needed_bytes: int = 0,
+        resume: bool = False,
+        force: bool = False,
+    ) -> None:
+        self.destination = destination.absolute()
+        self.parts = tuple(parts)
+        self._staging = self.destination.with_name(f".{destination.name}.converting")
+        self._model = self._staging / "model"
+        self._done: dict[str, dict] = {}
+        identity = json.loads(json.dumps(identity))
+        self._refuse_destination(force)
+        if self._staging.exists():
+            self._take_up(identity, resume, force)
+        with self._one_clear_error():
+            self._model.mkdir(parents=True, exist_ok=True)
+            for leftover in self._model.iterdir():
+                if leftover.name not in {part["file"] for part in self._done.values()}:
+                    leftover.unlink()
+            self._identity = identity
+            self._save_state()
+        needed = needed_bytes - sum(part["bytes"] for part in self._done.values())
+        free = shutil.disk_usage(self._staging).free
+        if needed > free:
+            if not self._done:
+                shutil.rmtree(self._staging)
+            raise ConversionError(
+                f"{self.destination} needs {needed / 1e9:.2f} GB more and the disk has "
+                f"{free / 1e9:.2f} GB free. Make room, or convert to another disk."
+            )
+
+    def is_done(self, part: str) -> bool:
+        """Whether a part is finished."""
+        return part in self._done
+
+    @property
+    def notes(self) -> dict[str, dict]:
+        """What was noted with each finished part, in order."""
+        return {part: self._done[part]["notes"] for part in self.parts if part in self._done}
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the file of each finished part, in order, by file name."""
+        done = (self._done[part] for part in self.parts if part in self._done)
+        return {part["file"]: part["sha256"] for part in done}
+
+    def write(self, part: str, tensors: Mapping[str, Tensor], notes: Mapping | None = None) -> None:
+        """Store the tensors of a part; from here on it is finished.
+
+        Raises:
+            ConversionError: The disk is full or fails; finished parts stay, for ``resume``.
+        """
+        number = self.parts.index(part) + 1
+        name = f"model-{number:05}-of-{len(self.parts):05}.safetensors"
+        tensors = {key: tensors[key].contiguous() for key in sorted(tensors)}
+        with self._one_clear_error():
+            partial = self._model / f"{name}.partial"
+            save_file(tensors, partial, metadata={"format": "pt"})
+            _sync(partial)
+            self._done[part] = {
+                "file": name,
+                "sha256": file_digest(partial),
+                "bytes": sum(tensor.nbytes for tensor in tensors.values()),
+                "tensors": list(tensors),
+                "notes": dict(notes or {}),
+            }
+            partial.rename(self._model / name)
+            self._save_state()
+
+    def finish(self, files: Mapping[str, bytes]) -> None:
+        """Add the index and other files, and put the whole in its place.
+
+        Raises:
+            ConversionError: A part is missing, or the disk is full or fails.
+        """
+        missing = [part for part in self.parts if part not in self._done]
+        if missing:
+            raise ConversionError(f"parts that were not written: {', '.join(missing)}.")
+        done = [self._done[part] for part in self.parts]
+        index = {
+            "metadata": {"total_size": sum(part["bytes"] for part in done)},
+            "weight_map": {name: part["file"] for part in done for name in part["tensors"]},
+        }
+        with self._one_clear_error():
+            for name, content in {**files, INDEX: as_json(index)}.items():
+                (self._model / name).write_bytes(content)
+                _sync(self._model / name)
+            replaced = self._staging / "replaced"
+            if self.destination.exists():
+                self.destination.rename(replaced)
+            try:
+                self._model.rename(self.destination)
+            except OSError:
+                if replaced.exists():
+                    replaced.rename(self.destination)
+                raise
+            shutil.rmtree(self._staging)
+
+    def _refuse_destination(self, force: bool) -> None:
+        there = self.destination
+        if there.is_symlink() or (there.exists() and not there.is_dir()):
+            raise ConversionError(f"{there} exists and is not a folder; choose another name.")
+        if not there.exists() or not any(there.iterdir()):
+            return
+        if not force:
+            raise ConversionError(f"{there} is not empty; choose another folder, or pass force.")
+        if not (there / "config.json").exists():
+            raise ConversionError(
+                f"{there} holds something that is not a checkpoint, which force does not replace."
+            )
+
+    def _take_up(self, identity: dict, resume: bool, force: bool) -> None:
+        """Load the state of an unfinished conversion, or clear it away."""
+        if not resume:
+            if not force:
+                raise ConversionError(
+                    f"an unfinished conversion lies in {self._staging}; pass resume to go on with "
+                    "it, or force to start again."
+                )
+            shutil.rmtree(self._staging)
+            return
+        if not (self._staging / STATE).exists():
+            return  # killed before the first state was written
+        state = parse_json(read_bounded(self._staging / STATE, MAX_CONFIG_BYTES), STATE)
+        before = state["identity"]
+        changed = sorted(k for k in {*before, *identity} if before.get(k) != identity.get(k))
+        if changed:
+            told = "; ".join(
+                f"{name} was {before.get(name)!r} and is {identity.get(name)!r}" for name in changed
+            )
+            raise ConversionError(
+                f"the unfinished conversion in {self._staging} is another one: {told}. Resume with "
+                "the same source and options, or pass force without resume to start again."
+            )
+        for part, done in state["parts"].items():
+            path = self._model / done["file"]
+            if path.exists() and file_digest(path) == done["sha256"]:
+                self._done[part] = done
+
+    def _save_state(self) -> None:
+        partial = self._staging / f"{STATE}.partial"
+        partial.write_bytes(as_json({"identity": self._identity, "parts": self._done}))
+        _sync(partial)
+        partial.rename(self._staging / STATE)
+
+    @contextmanager
+    def _one_clear_error(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)
+            raise ConversionError(
+                f"writing {self.destination} failed: {'the disk is full' if full else error}. "
+                f"Nothing was changed there; what is finished lies in {self._staging}, and resume "
+                "goes on with it."
+            ) from error
+
+
+def as_json(value: object) -> bytes:
+    """A value as JSON that people can read, the same bytes for equal values."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
