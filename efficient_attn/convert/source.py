@@ -1,0 +1,162 @@
+"""A checkpoint seen as attention layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from efficient_attn.convert.attention_weights import GroupedAttentionWeights
+from efficient_attn.convert.checkpoint import Checkpoint
+from efficient_attn.convert.families import Family, complete, family_of
+from efficient_attn.convert.rope import LENGTH_DEPENDENT, inverse_frequencies, rope_parameters
+from efficient_attn.errors import ConversionError
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint of a known family whose tensors are all there, and no others.
+
+    Attributes:
+        checkpoint: Its files.
+        family: How it is laid out.
+        config: Its config, with the family's defaults filled in.
+        rope: Its rotary settings.
+        inverse_frequencies: ``(F,)``, after any scaling, fp32.
+        rotary_scale: Factor on rotated queries and keys.
+    """
+
+    checkpoint: Checkpoint
+    family: Family
+    config: Mapping[str, object]
+    rope: Mapping[str, object]
+    inverse_frequencies: Tensor
+    rotary_scale: float
+
+    @classmethod
+    def open(cls, checkpoint: Checkpoint) -> Source:
+        """Check names and shapes of all tensors against the config; nothing is read.
+
+        Raises:
+            ConversionError: The family is unknown, or tensors are missing, unknown or misshapen.
+        """
+        config = complete(checkpoint.config)
+        family = family_of(config)
+        rope = rope_parameters(config, family.default_theta)
+        table, scale = inverse_frequencies(
+            rope, config["head_dim"], config["max_position_embeddings"]
+        )
+        source = cls(checkpoint, family, config, rope, table, scale)
+        source._check_tensors()
+        return source
+
+    @property
+    def num_layers(self) -> int:
+        """Number of attention layers."""
+        return self.config["num_hidden_layers"]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the attention weights."""
+        name = self.family.layers.format(0) + f"{self.family.key}.weight"
+        return self.checkpoint.tensors[name].dtype
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a conversion cannot keep whatever its method."""
+        kind = self.rope["rope_type"]
+        if kind not in LENGTH_DEPENDENT:
+            return []
+        return [
+            f"rotary scaling {kind!r} changes its table with the length of the sequence; the "
+            f"converted model keeps the one for sequences up to the {LENGTH_DEPENDENT[kind]}."
+        ]
+
+    def window(self, layer: int) -> int | None:
+        """Keys that a query of a layer sees, itself included; None for all before it."""
+        return self.family.window(self.config, layer)
+
+    def attention_names(self, layer: int) -> list[str]:
+        """Names of the attention tensors of a layer."""
+        prefix = self.family.layers.format(layer)
+        return [prefix + name for name in self.family.attention_shapes(self.config)]
+
+    def other_names(self, layer: int) -> list[str]:
+        """Names of the other tensors of a layer."""
+        prefix = self.family.layers.format(layer)
+        return [prefix + name for name in self.family.others(self.config)]
+
+    def outside_names(self) -> list[str]:
+        """Names of the tensors outside of layers."""
+        return list(self.family.outside(self.config))
+
+    def attention(self, layer: int) -> GroupedAttentionWeights:
+        """The attention of a layer, its tensors mapped from the file.
+
+        Raises:
+            ConversionError: A weight is not finite.
+        """
+        prefix, family, config = self.family.layers.format(layer), self.family, self.config
+        tensors = self.checkpoint.read(self.attention_names(layer))
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor.sum(dtype=torch.float64)):
+                raise ConversionError(f"{name} holds numbers that are not finite.")
+
+        def get(name: str | None, kind: str = "weight") -> Tensor | None:
+            return tensors.get(f"{prefix}{name}.{kind}")
+
+        return GroupedAttentionWeights(
+            query=get(family.query),
+            key=get(family.key),
+            value=get(family.value),
+            output=get(family.output),
+            query_bias=get(family.query, "bias"),
+            key_bias=get(family.key, "bias"),
+            value_bias=get(family.value, "bias"),
+            output_bias=get(family.output, "bias"),
+            query_norm=get(family.query_norm),
+            key_norm=get(family.key_norm),
+            norm_eps=config["rms_norm_eps"],
+            num_heads=config["num_attention_heads"],
+            num_kv_heads=config["num_key_value_heads"],
+            inverse_frequencies=self.inverse_frequencies,
+            rotary_scale=self.rotary_scale,
+            scale=config["head_dim"] ** -0.5,
+            window=self.window(layer),
+        )
+
+    def _check_tensors(self) -> None:
+        attention = self.family.attention_shapes(self.config)
+        in_layer = {**attention, **self.family.others(self.config)}
+        expected = dict(self.family.outside(self.config))
+        for layer in range(self.num_layers):
+            prefix = self.family.layers.format(layer)
+            expected |= {prefix + name: shape for name, shape in in_layer.items()}
+        found = self.checkpoint.tensors
+        missing = sorted(set(expected) - set(found))
+        unknown = sorted(
+            name
+            for name in set(found) - set(expected)
+            if not name.endswith(self.family.ignored) and name != "lm_head.weight"
+        )
+        if missing or unknown:
+            told = [
+                f"{what} {len(names)} tensors ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+                for what, names in (("lacks", missing), ("has unknown", unknown))
+                if names
+            ]
+            raise ConversionError(
+                f"the checkpoint {' and '.join(told)}, judged by its config.json: model_type "
+                f"{self.config['model_type']!r} with {self.num_layers} layers."
+            )
+        for name, shape in expected.items():
+            entry = found[name]
+            if entry.shape != shape:
+                raise ConversionError(
+                    f"{name} has shape {list(entry.shape)}; by config.json it must be "
+                    f"{list(shape)}."
+                )
+            if not entry.dtype.is_floating_point:
+                raise ConversionError(f"{name} has dtype {entry.dtype}; weights must be floating.")
