@@ -34,7 +34,7 @@ class Rows(ABC):
 
     def _check_sizes(self) -> None:
         for name, size in vars(self).items():
-            least = 0 if name == "qk_rope_head_dim" else 1
+            least = 0 if name in ("qk_rope_head_dim", "v_head_dim") else 1
             if size < least:
                 raise ValueError(f"{name} is {size}; it must be at least {least}.")
 

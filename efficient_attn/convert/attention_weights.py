@@ -86,6 +86,8 @@ class LatentAttentionWeights:
         output: ``(D, H d_v)``, with bias or None.
         inverse_frequencies: ``(d_r / 2,)``, angle per token of each pair; repeats are allowed.
         scale: Factor on every score.
+        rotary_scale: Factor on every rotated query and key, part of what ``turn`` does. The
+            source's own, rather than its square in the matrices, rounds as the source does.
         window: Keys that a query sees, itself included; None for all before it.
         source: The source layer where its query and key norms stay, else None.
     """
@@ -102,6 +104,7 @@ class LatentAttentionWeights:
     query_bias: Tensor | None = None
     latent_down_bias: Tensor | None = None
     output_bias: Tensor | None = None
+    rotary_scale: float = 1.0
     window: int | None = None
     source: GroupedAttentionWeights | None = None
 
@@ -114,3 +117,23 @@ class LatentAttentionWeights:
     def qk_rope_head_dim(self) -> int:
         """Numbers ``d_r`` of the rotary key that is cached per token."""
         return self.latent_down.shape[0] - self.kv_lora_rank
+
+
+@dataclass(frozen=True)
+class FactoredAttentionWeights:
+    r"""One layer of ``exact`` mode: grouped attention that caches latents before the rotation.
+
+    The latents ``key @ x`` and ``value @ x`` of ``latents``, biases included, are what is cached.
+    Query head ``j`` reads rows ``j d`` to ``(j + 1) d`` of ``key_up @ latent`` and
+    ``value_up @ latent``; norms of key heads, the rotation and everything else come after that, as
+    in the source.
+
+    Attributes:
+        latents: A grouped layer whose ``key`` and ``value`` make the latents, ``(g d, D)``.
+        key_up: ``(H d, g d)``, or None to read the latent as the ``g`` heads that it then is.
+        value_up: The same for values.
+    """
+
+    latents: GroupedAttentionWeights
+    key_up: Tensor | None = None
+    value_up: Tensor | None = None

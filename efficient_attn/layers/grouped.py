@@ -13,6 +13,7 @@ from efficient_attn.errors import ConversionError
 from efficient_attn.functional import attention, attention_decode
 from efficient_attn.functional.decode import FEW_TOKENS
 from efficient_attn.head_map import HeadMap
+from efficient_attn.layers._caching import check_cache_arguments, needs_gradient
 
 
 class GroupedQueryAttention(nn.Module):
@@ -197,7 +198,9 @@ class GroupedQueryAttention(nn.Module):
             counts: With a cache, how many tokens of ``x`` each sequence has: the last ones, and
                 padding before them, whose output means nothing. By default all.
         """
-        self._check_cache_arguments(cache, counts, context, key_lengths)
+        check_cache_arguments(
+            cache, counts, self.causal, {"context": context, "key_lengths": key_lengths}
+        )
         for name, tokens in (("x", x), ("context", context)):
             if tokens is not None and tokens.dim() != 3:
                 raise ValueError(
@@ -220,7 +223,7 @@ class GroupedQueryAttention(nn.Module):
         }
         if cache is not None:
             cache.append(key, value, counts=counts)
-            if bias is None and query.shape[2] <= FEW_TOKENS and not _needs_gradient(query):
+            if bias is None and query.shape[2] <= FEW_TOKENS and not needs_gradient(query):
                 places = {"cache_lengths": cache.lengths, "block_table": cache.block_table}
                 return self.combine(attention_decode(query, *cache.parts, **places, **options))
             key, value = cache.filled()
@@ -249,31 +252,6 @@ class GroupedQueryAttention(nn.Module):
     def combine(self, out: Tensor) -> Tensor:
         """From attended heads ``(B, Hq, N, Dv)`` to tokens ``(B, N, E)``."""
         return self.o_proj(rearrange(out, "b h n d -> b n (h d)"))
-
-    def _check_cache_arguments(
-        self,
-        cache: SequenceCache | None,
-        counts: Sequence[int] | None,
-        context: Tensor | None,
-        key_lengths: Tensor | None,
-    ) -> None:
-        if cache is None:
-            if counts is not None:
-                raise ValueError("counts says what a cache is to keep; pass cache= too.")
-            return
-        if not isinstance(cache, SequenceCache):
-            raise TypeError(
-                f"cache is a {type(cache).__name__}; pass a StaticCache, or a PagedCache's "
-                "batch([...])."
-            )
-        if not self.causal:
-            raise ValueError(
-                "this layer was made with causal=False, so tokens that come later would change "
-                "what was computed before; a cache needs causal=True."
-            )
-        for name, argument in (("context", context), ("key_lengths", key_lengths)):
-            if argument is not None:
-                raise ValueError(f"{name} cannot be passed with a cache, which has its own.")
 
     def _normalise_and_turn(
         self, heads: Tensor, norm: nn.Module | None, positions: Tensor | None
@@ -314,10 +292,6 @@ class GroupedQueryAttention(nn.Module):
         for name, buffer in self.named_buffers(recurse=False):
             parts.append(f"{name}={'meta' if buffer.is_meta else buffer.tolist()}")
         return ", ".join(parts)
-
-
-def _needs_gradient(x: Tensor) -> bool:
-    return torch.is_grad_enabled() and x.requires_grad
 
 
 def _projection(

@@ -154,6 +154,23 @@ def count_calls():
     return CountCalls
 
 
+@pytest.fixture
+def ops():
+    """The names of this package's ops, in the order in which they were called."""
+
+    class Names(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.called = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace == "efficient_attn":
+                self.called.append(function._opname)
+            return function(*args, **(kwargs or {}))
+
+    return Names()
+
+
 @pytest.fixture(autouse=True)
 def small_models(one_thread):
     """All of them are."""

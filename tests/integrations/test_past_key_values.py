@@ -20,24 +20,6 @@ OURS = ("static", "paged")
 
 
 @pytest.fixture
-def ops():
-    """The names of this package's ops, in the order in which they were called."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Names(TorchDispatchMode):
-        def __init__(self):
-            super().__init__()
-            self.called = []
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.namespace == "efficient_attn":
-                self.called.append(function._opname)
-            return function(*args, **(kwargs or {}))
-
-    return Names()
-
-
-@pytest.fixture
 def both(model_pair):
     def make(family):
         theirs, ours = model_pair(family)
