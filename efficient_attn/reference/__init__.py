@@ -4,6 +4,7 @@ from efficient_attn.reference.attention import attention, attention_varlen
 from efficient_attn.reference.decode import attention_decode, mla_decode
 from efficient_attn.reference.hyper import hyper_attention
 from efficient_attn.reference.merge import merge_states
+from efficient_attn.reference.selective import selective_decode
 
 __all__ = [
     "attention",
@@ -12,4 +13,5 @@ __all__ = [
     "hyper_attention",
     "merge_states",
     "mla_decode",
+    "selective_decode",
 ]
