@@ -63,6 +63,29 @@ def test_low_precision_keeps_exact_angles_at_large_positions():
     torch.testing.assert_close(out.double(), expected, rtol=2**-8, atol=1e-2)
 
 
+def test_a_table_replaces_the_base_and_a_factor_scales_what_is_turned():
+    """Repeats included; neither a cast of the module nor memory taken anew changes the table."""
+    table = torch.tensor([0.7, 0.02, 0.7], dtype=torch.float64)
+    x, positions = torch.randn(2, 3, 5, 8, dtype=torch.float64), torch.arange(5) + 40
+    rotary = RotaryEmbedding(6, inverse_frequencies=table, attention_factor=1.3, interleaved=True)
+    pairs = torch.complex(x[..., 0:6:2], x[..., 1:6:2])
+    angle = positions[:, None] * table
+    pairs = pairs * torch.polar(torch.full_like(angle, 1.3), angle)
+    expected = torch.cat((torch.stack((pairs.real, pairs.imag), -1).flatten(-2), x[..., 6:]), -1)
+    for module in (rotary, rotary.bfloat16(), rotary.to_empty(device="cpu")):
+        torch.testing.assert_close(module(x, positions), expected, rtol=1e-12, atol=1e-12)
+    assert not rotary.state_dict()
+    kept = RotaryEmbedding(6, inverse_frequencies=table, persistent=True)
+    assert torch.equal(kept.state_dict()["inverse_frequencies"], table)
+
+
+def test_a_table_of_a_model_gives_its_angles_to_the_bit():
+    table = (10000.0 ** -(torch.arange(0, 64, 2) / 64)).float()
+    positions = torch.arange(5000, 5100)
+    angles = RotaryEmbedding(64, inverse_frequencies=table).angles(positions, torch.float64)
+    assert torch.equal(angles, positions[:, None].float() * table)
+
+
 def test_gradient_turns_back():
     """The transpose of a rotation is its inverse."""
     rotary = RotaryEmbedding(8)
@@ -84,6 +107,8 @@ def test_holds_no_state_and_compiles_with_dynamic_lengths():
 def test_refusals_name_the_argument():
     with pytest.raises(ValueError, match="dim is 7"):
         RotaryEmbedding(7)
+    with pytest.raises(ValueError, match=r"inverse_frequencies has shape \(4,\); dim 4 has \(2,\)"):
+        RotaryEmbedding(4, inverse_frequencies=torch.ones(4))
     with pytest.raises(ValueError, match=r"x has shape \(1, 2, 3, 4\)"):
         RotaryEmbedding(8)(torch.zeros(1, 2, 3, 4))
     with pytest.raises(ValueError, match="positions has shape"):
