@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from efficient_attn.convert.checkpoint import Checkpoint
+from efficient_attn.convert.families import complete, family_of
 from efficient_attn.convert.native import (
     FORMAT,
     TABLE,
@@ -31,7 +33,7 @@ from efficient_attn.errors import ConversionError, UnsupportedError
 from efficient_attn.integrations.past_key_values import InPages
 from efficient_attn.integrations.transformers import NAME, as_bias, reasons_to_refuse
 from efficient_attn.layers import FactoredAttention, MultiheadLatentAttention, NormedLatentAttention
-from efficient_attn.layers.latent import pages_of_one, row_positions
+from efficient_attn.layers.latent_rows import pages_of_one, row_positions
 from efficient_attn.layers.rotary import RotaryEmbedding
 
 
@@ -163,8 +165,8 @@ def load_converted(
         ConversionError: The checkpoint is not a native one, or its tensors are not exactly those
             that its configuration asks for.
     """
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    record = getattr(config, "efficient_attn", None)
+    checkpoint = Checkpoint.open(path)
+    record = checkpoint.config.get("efficient_attn")
     if not isinstance(record, dict) or "layers" not in record:
         raise ConversionError(
             f"{path} has no efficient_attn entry with layers in its config.json, so it is not a "
@@ -174,15 +176,16 @@ def load_converted(
         raise ConversionError(
             f"{path} is written in format {record.get('format')}, and this version reads {FORMAT}."
         )
-    model, info = _converted_class(type(config)).from_pretrained(
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    model_class = _converted_class(type(config))
+    _check_tensors(checkpoint, model_class, config)
+    model, info = model_class.from_pretrained(
         path,
         config=config,
         dtype=dtype,
         use_safetensors=True,
         trust_remote_code=False,
         attn_implementation=NAME,
-        # Reported below with everything else that is wrong.
-        ignore_mismatched_sizes=True,
         output_loading_info=True,
         **kwargs,
     )
@@ -206,6 +209,34 @@ def _converted_class(config_class: type[PreTrainedConfig]) -> type[PreTrainedMod
     return type(stock.__name__, (stock,), {"__init__": __init__, **keep})
 
 
+def _check_tensors(
+    checkpoint: Checkpoint, model_class: type[PreTrainedModel], model_config: PreTrainedConfig
+) -> None:
+    """Refuse tensors that are not exactly those of the configuration, before any is read."""
+    config, family = complete(checkpoint.config), family_of(checkpoint.config)
+    with torch.device("meta"):
+        state = model_class(model_config).state_dict()
+    expected = {name: tuple(x.shape) for name, x in state.items() if ".self_attn." in name}
+    expected |= family.outside(config)
+    for i in range(config["num_hidden_layers"]):
+        prefix = family.layers.format(i)
+        expected |= {prefix + name: shape for name, shape in family.others(config).items()}
+    found = {name: entry.shape for name, entry in checkpoint.tensors.items()}
+    if config["tie_word_embeddings"]:
+        found.pop("lm_head.weight", None)
+    wrong = [
+        f"{name} is {found.get(name, 'missing')} and should be {expected.get(name, 'absent')}"
+        for name in sorted(found.keys() | expected.keys())
+        if found.get(name) != expected.get(name)
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ConversionError(
+            f"the tensors in {checkpoint.folder} are not those of its configuration: "
+            f"{'; '.join(wrong[:3])}{more}."
+        )
+
+
 def _layers(model: PreTrainedModel, facts: Sequence[Facts]) -> list[nn.Module]:
     """Layers without memory, to take the place of the attention of a model."""
     stock = [layer.self_attn for layer in model.get_decoder().layers]
@@ -214,8 +245,13 @@ def _layers(model: PreTrainedModel, facts: Sequence[Facts]) -> list[nn.Module]:
             f"there are weights of {len(facts)} layers, and {type(model).__name__} has "
             f"{len(stock)}."
         )
-    width = model.config.hidden_size
-    return [_layer(own, before, width) for own, before in zip(facts, stock, strict=True)]
+    made = []
+    for i, (own, before) in enumerate(zip(facts, stock, strict=True)):
+        try:
+            made.append(_layer(own, before, model.config.hidden_size))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConversionError(f"what is said of layer {i} makes none: {error!r}.") from error
+    return made
 
 
 def _install(model: PreTrainedModel, made: Sequence[nn.Module], facts: Sequence[Facts]) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from efficient_attn.cache import LatentRows
 from efficient_attn.functional import attention
 from efficient_attn.head_map import HeadMap
-from efficient_attn.layers.latent import LatentLayer, MultiheadLatentAttention
+from efficient_attn.layers.latent import MultiheadLatentAttention
+from efficient_attn.layers.latent_rows import LatentLayer
 
 
 class NormedLatentAttention(MultiheadLatentAttention):

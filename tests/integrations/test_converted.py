@@ -312,7 +312,15 @@ def test_refusals_tell_the_reason(tmp_path):
     refused(None, "not a natively converted checkpoint")
     refused({**record, "format": 7}, "written in format 7")
     refused({**record, "layers": record["layers"][:1]}, "weights of 1 layers")
-    wider = [{**layer, "bias": True} for layer in record["layers"]]
-    refused({**record, "layers": wider}, "missing_keys")
-    wider = [{**layer, "kv_lora_rank": 31} for layer in record["layers"]]
-    refused({**record, "layers": wider}, "mismatched")
+    for change, match in (
+        ({"bias": True}, r"kv_a_proj_with_mqa.bias is missing and should be \(64,\)"),
+        ({"kv_lora_rank": 1 << 40}, "kv_a_proj_with_mqa.weight is"),
+        ({"kv_lora_rank": -1}, "what is said of layer 0 makes none: ValueError"),
+        ({"form": "other"}, "what is said of layer 0 makes none"),
+        ({"num_heads": "4"}, "what is said of layer 0 makes none: TypeError"),
+        ({"more": 1}, "what is said of layer 0 makes none: TypeError"),
+    ):
+        refused({**record, "layers": [{**layer, **change} for layer in record["layers"]]}, match)
+    path.write_text(json.dumps({**config, "intermediate_size": 1 << 20}))
+    with pytest.raises(ConversionError, match="mlp.down_proj.weight is"):
+        load_converted(tmp_path)
