@@ -192,6 +192,10 @@ def load_converted(
     found = {kind: names for kind, names in info.items() if names}
     if found:
         raise ConversionError(f"the tensors in {path} are not those of its configuration: {found}.")
+    for module in model.modules():
+        if isinstance(module, RotaryEmbedding) and module.inverse_frequencies is not None:
+            # In a model of fp64 too, for that is what the source computes its angles in.
+            module.inverse_frequencies = module.inverse_frequencies.float()
     return model
 
 
