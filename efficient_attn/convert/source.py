@@ -64,6 +64,14 @@ class Source:
         return self.checkpoint.tensors[name].dtype
 
     @property
+    def parameters(self) -> int:
+        """Number of weights, those that are ignored left out."""
+        names = self.outside_names()
+        for layer in range(self.num_layers):
+            names += self.attention_names(layer) + self.other_names(layer)
+        return sum(self.checkpoint.tensors[name].numel for name in names)
+
+    @property
     def warnings(self) -> list[str]:
         """What a conversion cannot keep whatever its method."""
         kind = self.rope["rope_type"]

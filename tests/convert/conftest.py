@@ -45,7 +45,8 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "llama-tied": LlamaConfig(**{**SMALL, "tie_word_embeddings": True}),
     "llama3": LlamaConfig(**SMALL, rope_parameters=LLAMA3),
     "llama-yarn": LlamaConfig(**SMALL, rope_parameters=YARN),
-    "llama-biases": LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True),
+    "llama-biases": LlamaConfig(**SMALL, attention_bias=True),
+    "llama-mlp-biases": LlamaConfig(**SMALL, mlp_bias=True),
     "qwen2": Qwen2Config(**SMALL),
     "qwen2-window": Qwen2Config(
         **SMALL, use_sliding_window=True, sliding_window=5, max_window_layers=1
@@ -65,7 +66,7 @@ def make(config, dtype=torch.float32, seed=0):
             if "norm" in name:
                 parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
             else:
-                parameter.copy_(torch.randn_like(parameter) * 2 * parameter.shape[-1] ** -0.5)
+                parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
     return model
 
 

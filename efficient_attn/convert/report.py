@@ -1,0 +1,124 @@
+"""What a conversion did, for people and for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from efficient_attn.convert.pipeline import Conversion
+    from efficient_attn.convert.source import Source
+
+REPORT = "conversion.json"
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What became of a checkpoint; printed as Markdown, stored as JSON.
+
+    Attributes:
+        identity: Version, digest of the source, method and decisions: equal ones give equal bytes.
+        bytes_per_token: Cached bytes per token of all layers, ``before`` and ``after``.
+        parameters: Number of parameters, ``before`` and ``after``.
+        output_bytes: Size of the weights, about.
+        memory_bytes: Memory that converting takes at most, about.
+        parallel: Cached bytes per token on each of so many devices that share the heads, before
+            and after.
+        source_files: SHA-256 of the source's files.
+        output_files: SHA-256 of the output's files; empty for a dry run.
+        layers: Figures of each layer.
+        warnings: What a user should know before using the output.
+    """
+
+    identity: dict
+    bytes_per_token: dict[str, int]
+    parameters: dict[str, int]
+    output_bytes: int
+    memory_bytes: int
+    parallel: dict[str, list[int]] = field(default_factory=dict)
+    source_files: dict[str, str] = field(default_factory=dict)
+    output_files: dict[str, str] = field(default_factory=dict)
+    layers: list[dict] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        source: Source,
+        conversion: Conversion,
+        identity: Mapping[str, object],
+        notes: Mapping[str, dict],
+        output_files: Mapping[str, str],
+    ) -> ConversionReport:
+        """The report of a conversion that was carried out."""
+        return cls(
+            identity=dict(identity),
+            **_figures(conversion),
+            source_files=source.checkpoint.digests,
+            output_files=dict(output_files),
+            layers=[{"part": part, **noted} for part, noted in notes.items() if noted],
+        )
+
+    @classmethod
+    def before(cls, conversion: Conversion) -> ConversionReport:
+        """What is known before anything is read: for a dry run."""
+        identity = {"method": conversion.method, "decisions": dict(conversion.decisions)}
+        return cls(identity=identity, **_figures(conversion))
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return asdict(self)
+
+    def markdown(self) -> str:
+        """For people."""
+        decisions = {"method": self.identity["method"], **self.identity["decisions"]}
+        lines = ["# Conversion", "", *table(("", ""), decisions.items()), ""]
+        lines += table(
+            ("", "before", "after", "ratio"),
+            [
+                _compared("cached bytes per token", self.bytes_per_token),
+                _compared("parameters", self.parameters),
+            ],
+        )
+        lines += ["", f"Weights written: {self.output_bytes / 1e6:,.1f} MB. "]
+        lines[-1] += f"Memory at most: about {self.memory_bytes / 1e6:,.0f} MB."
+        if self.parallel:
+            rows = [(devices, *pair) for devices, pair in self.parallel.items()]
+            lines += ["", "Cached bytes per token on each device under tensor parallelism:", ""]
+            lines += table(("devices", "before", "after"), rows)
+        if self.warnings:
+            lines += ["", "## Warnings", "", *(f"- {warning}" for warning in self.warnings)]
+        if self.layers:
+            plain = ((k, v) for layer in self.layers for k, v in layer.items())
+            names = list(dict.fromkeys(k for k, v in plain if not isinstance(v, dict)))
+            rows = [[_short(layer.get(name, "")) for name in names] for layer in self.layers]
+            lines += ["", "## Layers", "", *table(names, rows)]
+        return "\n".join(lines) + "\n"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """Lines of a Markdown table."""
+    cells = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(str(cell) for cell in row)} |" for row in cells]
+
+
+def _figures(conversion: Conversion) -> dict[str, object]:
+    before_after = ("before", "after")
+    return {
+        "bytes_per_token": dict(zip(before_after, conversion.bytes_per_token, strict=True)),
+        "parameters": dict(zip(before_after, conversion.parameters, strict=True)),
+        "output_bytes": conversion.output_bytes,
+        "memory_bytes": conversion.memory_bytes,
+        "parallel": {devices: list(pair) for devices, pair in conversion.parallel.items()},
+        "warnings": list(conversion.warnings),
+    }
+
+
+def _compared(name: str, pair: Mapping[str, int]) -> tuple[str, ...]:
+    before, after = pair["before"], pair["after"]
+    return name, f"{before:,}", f"{after:,}", f"{after / before:.3f}"
+
+
+def _short(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
