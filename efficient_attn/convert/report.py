@@ -73,7 +73,8 @@ class ConversionReport:
     def markdown(self) -> str:
         """For people."""
         decisions = {"method": self.identity["method"], **self.identity["decisions"]}
-        lines = ["# Conversion", "", *table(("", ""), decisions.items()), ""]
+        told = [(name, value) for name, value in decisions.items() if value is not None]
+        lines = ["# Conversion", "", *table(("", ""), told), ""]
         lines += table(
             ("", "before", "after", "ratio"),
             [
@@ -89,9 +90,9 @@ class ConversionReport:
             lines += table(("devices", "before", "after"), rows)
         if self.warnings:
             lines += ["", "## Warnings", "", *(f"- {warning}" for warning in self.warnings)]
-        if self.layers:
-            plain = ((k, v) for layer in self.layers for k, v in layer.items())
-            names = list(dict.fromkeys(k for k, v in plain if not isinstance(v, dict)))
+        plain = ((k, v) for layer in self.layers for k, v in layer.items())
+        names = list(dict.fromkeys(k for k, v in plain if not isinstance(v, dict)))
+        if len(names) > 1:
             rows = [[_short(layer.get(name, "")) for name in names] for layer in self.layers]
             lines += ["", "## Layers", "", *table(names, rows)]
         return "\n".join(lines) + "\n"

@@ -14,6 +14,11 @@ from efficient_attn.convert.families import Family, complete, family_of
 from efficient_attn.convert.rope import LENGTH_DEPENDENT, inverse_frequencies, rope_parameters
 from efficient_attn.errors import ConversionError
 
+FLOATING = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+}
+
 
 @dataclass(frozen=True)
 class Source:
@@ -59,7 +64,10 @@ class Source:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the attention weights."""
+        """The dtype that the model runs in: its config's, or that of its weights."""
+        told = self.config.get("dtype") or self.config.get("torch_dtype")
+        if told in FLOATING:
+            return FLOATING[told]
         name = self.family.layers.format(0) + f"{self.family.key}.weight"
         return self.checkpoint.tensors[name].dtype
 

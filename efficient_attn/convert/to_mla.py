@@ -6,18 +6,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 
-import torch
+from torch import Tensor
 
 from efficient_attn.convert.attention_weights import LatentAttentionWeights
 from efficient_attn.convert.mla import exact, rorope
 from efficient_attn.convert.mla_targets import TARGETS, MlaSizes, Target
 from efficient_attn.convert.pipeline import Conversion, Part
-from efficient_attn.convert.source import Source
+from efficient_attn.convert.source import FLOATING, Source
 from efficient_attn.errors import ConversionError
 
 MODES = ("exact", "rorope", "compress")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DTYPES |= {"float64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class MlaOptions:
     allow_larger_cache: bool = False
 
     def __post_init__(self) -> None:
-        for name, allowed in (("mode", MODES), ("target", TARGETS), ("dtype", (None, *DTYPES))):
+        for name, allowed in (("mode", MODES), ("target", TARGETS), ("dtype", (None, *FLOATING))):
             if getattr(self, name) not in allowed:
                 told = ", ".join(str(value) for value in allowed if value is not None)
                 raise ValueError(f"{name} is {getattr(self, name)!r}; take one of {told}.")
@@ -77,11 +75,9 @@ def plan(source: Source, options: MlaOptions) -> Conversion:
     Raises:
         ConversionError: It cannot be done in this way; the message has every reason.
     """
+    dtype = source.dtype if options.dtype is None else FLOATING[options.dtype]
     sizes = lossless_sizes(source)
-    dtype = source.dtype if options.dtype is None else DTYPES[options.dtype]
-    table = source.inverse_frequencies.double()
-    table = table.repeat_interleave(source.config["num_key_value_heads"])
-    target = TARGETS[options.target](source, sizes, dtype, table)
+    target = TARGETS[options.target](source, sizes, dtype, lossless_table(source))
     reasons = target.reasons_to_refuse()
     before = 2 * source.config["num_key_value_heads"] * source.config["head_dim"]
     after = sizes.kv_lora_rank + sizes.qk_rope_head_dim
@@ -116,6 +112,18 @@ def plan(source: Source, options: MlaOptions) -> Conversion:
         parallel={str(n): _on_each_of(n, source, after, element) for n in (1, 2, 4, 8)},
         warnings=[*source.warnings, *target.warnings()],
     )
+
+
+def verdicts(source: Source) -> dict[str, list[str]]:
+    """For each target, every reason why a source cannot become it without loss."""
+    facts = lossless_sizes(source), source.dtype, lossless_table(source)
+    return {name: make(source, *facts).reasons_to_refuse() for name, make in TARGETS.items()}
+
+
+def lossless_table(source: Source) -> Tensor:
+    """The rotary table ``(d_r / 2,)`` of all key heads side by side, frequency by frequency."""
+    table = source.inverse_frequencies.double()
+    return table.repeat_interleave(source.config["num_key_value_heads"])
 
 
 def lossless_sizes(source: Source) -> MlaSizes:

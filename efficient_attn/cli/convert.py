@@ -1,0 +1,81 @@
+"""``efficient-attn convert``: one verb per kind of attention that a model is converted to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from efficient_attn.cli._converting import carry_out
+
+app = typer.Typer(help="Convert the attention of a checkpoint.", no_args_is_help=True)
+
+Src = Annotated[Path, typer.Argument(help="Folder of the model: config.json and safetensors.")]
+Dst = Annotated[Path, typer.Argument(help="Folder of the output; appears when it is complete.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted conversion.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the checkpoint at DST.")]
+Report = Annotated[
+    Path | None, typer.Option(help="Also write the report here, as JSON, and as Markdown beside.")
+]
+Text = Annotated[
+    Path | None, typer.Option(help="A text to verify the output on; not one used in choosing it.")
+]
+Tokens = Annotated[int, typer.Option(help="Tokens of the text to verify on.", min=2)]
+MaxKl = Annotated[
+    float | None, typer.Option(help="Fail if the mean KL divergence is above this; with --text.")
+]
+MaxPplRatio = Annotated[
+    float | None, typer.Option(help="Fail if perplexity grows by more than this; with --text.")
+]
+
+
+@app.command()
+def mla(
+    src: Src,
+    dst: Dst,
+    mode: Annotated[
+        str, typer.Option(help="exact or rorope (lossless), or compress (a smaller cache).")
+    ] = "rorope",
+    target: Annotated[
+        str, typer.Option(help="native, hf-deepseek (stock transformers) or engine.")
+    ] = "native",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, ...; by default the source's.")
+    ] = None,
+    kv_ratio: Annotated[
+        float | None, typer.Option(help="Cached numbers per token, as a share of the source's.")
+    ] = None,
+    kv_lora_rank: Annotated[int | None, typer.Option(help="Cached numbers of the latent.")] = None,
+    rope_dim: Annotated[int | None, typer.Option(help="Cached numbers of the rotary key.")] = None,
+    allow_larger_cache: Annotated[
+        bool, typer.Option("--allow-larger-cache", help="Convert although the cache would grow.")
+    ] = False,
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    force: Force = False,
+    report: Report = None,
+    text: Text = None,
+    text_tokens: Tokens = 16384,
+    max_kl: MaxKl = None,
+    max_ppl_ratio: MaxPplRatio = None,
+) -> None:
+    """To multi-head latent attention (MLA)."""
+    carry_out(
+        src,
+        dst,
+        "mla",
+        {"dry_run": dry_run, "resume": resume, "force": force},
+        {
+            "mode": mode,
+            "target": target,
+            "dtype": dtype,
+            "kv_ratio": kv_ratio,
+            "kv_lora_rank": kv_lora_rank,
+            "rope_dim": rope_dim,
+            "allow_larger_cache": allow_larger_cache,
+        },
+        report,
+        (text, text_tokens, max_kl, max_ppl_ratio),
+    )

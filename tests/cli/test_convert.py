@@ -1,0 +1,128 @@
+"""The commands around conversion, and how they end."""
+
+import json
+import re
+import shutil
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from efficient_attn.cli import app
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TOKENIZER = {
+    "version": "1.0",
+    "truncation": None,
+    "padding": None,
+    "added_tokens": [],
+    "normalizer": None,
+    "pre_tokenizer": {"type": "Whitespace"},
+    "post_processor": None,
+    "decoder": None,
+    "model": {
+        "type": "WordLevel",
+        "vocab": {word: i for i, word in enumerate("abcdefghijklmn")},
+        "unk_token": "a",
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source") / "model"
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+    (folder / "modeling_evil.py").write_text("raise SystemExit")
+    (folder.parent / "text.txt").write_text("a b c n m l k j d e f g h i " * 100)
+    return folder
+
+
+@pytest.fixture
+def source(made, tmp_path):
+    shutil.copytree(made, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return re.sub(r"\s+", " ", result.output)
+
+
+def test_inspect_shows_what_a_model_is_and_can_become(source):
+    shown = run("inspect", source)
+    assert "4 query, 2 key and value, of 8" in shown and "hf-deepseek" in shown
+    # 2 layers, 2 heads of 8, keys and values, 4 bytes.
+    assert "256" in shown
+
+
+def test_a_dry_run_writes_nothing(source, tmp_path):
+    shown = run("convert", "mla", source, tmp_path / "out", "--dry-run")
+    assert "cached bytes per token" in shown
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+@pytest.mark.parametrize("target", ["native", "hf-deepseek"])
+def test_convert_verifies_and_reports(source, made, tmp_path, target):
+    text, report = made.parent / "text.txt", tmp_path / "reports" / "r.json"
+    options = ["--target", target, "--text", text, "--text-tokens", 256, "--report", report]
+    shown = run("convert", "mla", source, tmp_path / "out", *options, "--max-kl", "1e-8")
+    assert "64 of 64" in shown
+    told = json.loads(report.read_text())
+    assert told["verification"]["bytes_per_token"] == told["bytes_per_token"]
+    assert told["verification"]["mean_kl"] < 1e-8
+    assert told["verification"]["tokens"] == 255
+    assert set(told["output_files"]) == {p.name for p in (tmp_path / "out").glob("*.safetensors")}
+    assert "perplexity ratio" in report.with_suffix(".md").read_text()
+    assert not list((tmp_path / "out").glob("*.py"))
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_a_bound_that_is_exceeded_is_exit_code_1(source, made, tmp_path):
+    out = tmp_path / "out"
+    run("convert", "mla", source, out, "--dtype", "bfloat16")
+    text = ["--text", made.parent / "text.txt", "--text-tokens", 128]
+    assert "mean kl" in run("verify", source, out, *text)
+    shown = run("verify", source, out, *text, "--max-kl", "1e-12", code=1)
+    assert "above the bound" in shown
+    shown = run("verify", source, out, *text, "--max-ppl-ratio", "0.5", code=1)
+    assert "perplexity ratio" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--mode", "magic"], ["mode", "magic", "compress"]),
+        (["--dtype", "int8"], ["dtype", "bfloat16"]),
+        (["--kv-ratio", "0.5"], ["kv_ratio", "compress"]),
+        (["--max-kl", "1"], ["--text"]),
+        (["--target", "hf-deepseek", "--dtype", "float16"], ["float16", "bfloat16", "native"]),
+    ],
+)
+def test_options_that_do_not_go_together_end_in_one_line(source, tmp_path, arguments, words):
+    shown = run("convert", "mla", source, tmp_path / "out", *arguments, code=2)
+    assert all(word in shown for word in words), shown
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_bad_texts_end_in_one_line(source, tmp_path):
+    out = tmp_path / "out"
+    run("convert", "mla", source, out)
+    (tmp_path / "short.txt").write_text("a b c")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    for name, word in (("short", "3 tokens"), ("binary", "UTF-8"), ("missing", "not a file")):
+        assert word in run("verify", source, out, "--text", tmp_path / f"{name}.txt", code=2)
+    (source / "tokenizer.json").write_text("{}")
+    assert "tokenizer" in run("verify", source, out, "--text", tmp_path / "short.txt", code=2)
