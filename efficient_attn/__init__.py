@@ -5,14 +5,20 @@ from typing import TYPE_CHECKING
 from efficient_attn.config import HyperConfig
 from efficient_attn.errors import CacheFullError, ConversionError, UnsupportedError
 from efficient_attn.functional import (
+    allocate_heads,
     attention,
     attention_decode,
     attention_varlen,
+    difference_scores,
+    ema_scores,
     hyper_attention,
     hyper_attention_varlen,
     hyper_plan,
+    key_norms,
+    khan2024_scores,
     merge_states,
     mla_decode,
+    perturb_heads,
 )
 from efficient_attn.head_map import HeadMap
 from efficient_attn.planning import HyperPlan
@@ -27,15 +33,21 @@ __all__ = [
     "HyperConfig",
     "HyperPlan",
     "UnsupportedError",
+    "allocate_heads",
     "attention",
     "attention_decode",
     "attention_varlen",
+    "difference_scores",
+    "ema_scores",
     "hyper_attention",
     "hyper_attention_varlen",
     "hyper_plan",
+    "key_norms",
+    "khan2024_scores",
     "merge_states",
     "mla_decode",
     "patch_model",
+    "perturb_heads",
 ]
 
 

@@ -156,21 +156,21 @@ def check_bias(bias: Tensor | None, query: Tensor, key: Tensor) -> None:
         )
 
 
-def check_key_lengths(key_lengths: Tensor | None, key: Tensor) -> None:
+def check_key_lengths(key_lengths: Tensor | None, key: Tensor, name: str = "key_lengths") -> None:
     """One length per sample, no longer than the keys."""
     if key_lengths is None:
         return
-    check_integers("key_lengths", key_lengths, key)
+    check_integers(name, key_lengths, key)
     batch, _, tokens, _ = key.shape
     if key_lengths.shape != (batch,):
         raise ValueError(
-            f"key_lengths has shape {tuple(key_lengths.shape)}; it must be ({batch},), one length "
+            f"{name} has shape {tuple(key_lengths.shape)}; it must be ({batch},), one length "
             "per sample."
         )
     if is_readable(key_lengths) and bool(((key_lengths < 0) | (key_lengths > tokens)).any()):
         raise ValueError(
-            f"key_lengths is {key_lengths.tolist()}; every length must lie in [0, {tokens}], the "
-            "number of keys."
+            f"{name} is {key_lengths.tolist()}; every length must lie in [0, {tokens}], the "
+            "number of tokens."
         )
 
 

@@ -1,9 +1,12 @@
-"""What kernels agree on: how results are stored, and in which precision sums are kept."""
+"""What kernels agree on: how results are stored, sums kept, and scores told apart."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+# Scores of key heads that differ by less than this share of the largest give even groups.
+SMALLEST_SPREAD = 1e-6
 
 
 def tokens_major(x: Tensor) -> Tensor:

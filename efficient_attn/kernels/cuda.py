@@ -6,8 +6,9 @@ from torch import Tensor
 
 from efficient_attn.errors import UnsupportedError
 from efficient_attn.kernels import torch_cuda
-from efficient_attn.kernels.triton import attention_bwd, attention_fwd, hyper
+from efficient_attn.kernels.triton import attention_bwd, attention_fwd, grouping, hyper
 from efficient_attn.kernels.triton import decode as triton_decode
+from efficient_attn.kernels.triton._arguments import device_refusals
 
 _ADVICE = "efficient_attn.reference.{} computes any input, slowly and in full memory."
 
@@ -76,6 +77,18 @@ def forward_hyper(query, key, value, *plan_and_scale) -> tuple[Tensor, Tensor]:
 def backward_hyper(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     """The ``hyper_attention_backward`` op."""
     return hyper.backward(*arguments)
+
+
+def key_norms(key, key_lengths) -> Tensor:
+    """The ``key_norms`` op."""
+    _refuse("key_norms", device_refusals(key.device))
+    return grouping.key_norms(key, key_lengths)
+
+
+def allocate_heads(scores, *options) -> tuple[Tensor, Tensor]:
+    """The ``allocate_heads`` op."""
+    _refuse("allocate_heads", device_refusals(scores.device))
+    return grouping.allocate_heads(scores, *options)
 
 
 def _refuse(op: str, reasons: list[str]) -> None:

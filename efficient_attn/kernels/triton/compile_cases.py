@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from efficient_attn.kernels.triton import attention_bwd, attention_fwd, decode, hyper
+from efficient_attn.kernels.triton import attention_bwd, attention_fwd, decode, grouping, hyper
 from efficient_attn.planning import HyperPlan
 
 CAPABILITY = {"sm80": 80, "sm86": 86, "sm90": 90, "sm100": 100}
@@ -51,6 +51,8 @@ def representative_cases() -> Iterator[Case]:
     yield Case("sm90", (128, 128), torch.bfloat16, frozenset({"causal", "leaves"}), "hyper")
     yield Case("sm80", (64, 64), torch.float16, frozenset({"leaves"}), "hyper")
     yield Case("sm100", (128, 128), torch.bfloat16, frozenset({"causal"}), "hyper")
+    yield Case("sm90", (64, 64), torch.bfloat16, frozenset({"key_lengths"}), "grouping")
+    yield Case("sm80", (80, 80), torch.float32, frozenset({"nearest"}), "grouping")
 
 
 def all_cases() -> Iterator[Case]:
@@ -68,6 +70,9 @@ def all_cases() -> Iterator[Case]:
         for features in ((), ("causal", "leaves")):
             yield Case(arch, (128, 128), torch.bfloat16, frozenset(features), "hyper")
         yield from _decode_cases(arch)
+        for dim in (64, 80, 256):
+            for features in ((), ("nearest", "key_lengths")):
+                yield Case(arch, (dim, dim), torch.bfloat16, frozenset(features), "grouping")
 
 
 def _representative_decode_cases() -> Iterator[Case]:
@@ -124,7 +129,7 @@ def _attention(case: Case) -> None:
 
 def call(case: Case) -> None:
     """Make a call of this kind, forward and backward where there is a backward."""
-    calls = {"attention": _attention, "hyper": _hyper}
+    calls = {"attention": _attention, "hyper": _hyper, "grouping": _grouping}
     calls |= {"attention_decode": _decode, "mla_decode": _latent}
     calls[case.op](case)
 
@@ -154,6 +159,13 @@ def _latent(case: Case) -> None:
     decode.latent_decode(
         *queries, _empty(case, pages, page_size, sum(case.dims)), lengths, table, 0.1
     )
+
+
+def _grouping(case: Case) -> None:
+    batch, heads, kv_heads, nearest = 8, 32, 8, "nearest" in case.features
+    lengths = _empty(case, batch, dtype=torch.int32) if "key_lengths" in case.features else None
+    norms = grouping.key_norms(_empty(case, batch, kv_heads, 1024, case.dims[0]), lengths)
+    grouping.allocate_heads(norms, heads, 1, nearest, nearest)
 
 
 def _cache(case: Case, batch: int) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
