@@ -15,6 +15,8 @@ from efficient_attn.functional.decode import FEW_TOKENS
 from efficient_attn.head_map import HeadMap
 from efficient_attn.layers._caching import check_cache_arguments, needs_gradient
 
+MAP_NAMES = ("q_to_k", "q_to_v")
+
 
 class GroupedQueryAttention(nn.Module):
     r"""Self- or cross-attention in which query heads share key and value heads.
@@ -130,7 +132,7 @@ class GroupedQueryAttention(nn.Module):
 
         self._initial_head_map = head_map
         device = torch.get_default_device() if device is None else device
-        for name in ("q_to_k", "q_to_v"):
+        for name in MAP_NAMES:
             index = getattr(head_map, name)
             # Copied, because both may be one tensor, which some checkpoint formats refuse.
             self.register_buffer(name, None if index is None else index.to(device, copy=True))
@@ -208,7 +210,7 @@ class GroupedQueryAttention(nn.Module):
                 )
         query, key, value = self.project(x, x if context is None else context)
         if head_map is None:
-            head_map = self.choose_head_map(query, key, value)
+            head_map = self.choose_head_map(query, key, value, key_lengths)
         if context is None:
             if cache is not None and positions is None and self.rotary is not None:
                 positions = cache.positions(x.shape[1], counts)
@@ -238,7 +240,9 @@ class GroupedQueryAttention(nn.Module):
         value = rearrange(self.v_proj(context), "b m (h d) -> b h m d", h=self.num_value_heads)
         return query, key, value
 
-    def choose_head_map(self, query: Tensor, key: Tensor, value: Tensor) -> HeadMap:
+    def choose_head_map(
+        self, query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None
+    ) -> HeadMap:
         """The map of this call, given the heads as projected; here the layer's own."""
         return self.head_map
 
@@ -275,8 +279,12 @@ class GroupedQueryAttention(nn.Module):
         for module in self.children():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-        for name, buffer in self.named_buffers(recurse=False):
-            buffer.copy_(getattr(self._initial_head_map, name))
+        for name in self._map_names():
+            getattr(self, name).copy_(getattr(self._initial_head_map, name))
+
+    def _map_names(self) -> list[str]:
+        """The indices that are explicit, and so are buffers."""
+        return [name for name in MAP_NAMES if getattr(self, name) is not None]
 
     def extra_repr(self) -> str:
         """Counts, widths, what differs from the defaults, and an explicit map."""
@@ -289,7 +297,8 @@ class GroupedQueryAttention(nn.Module):
         for name, default in (("causal", False), ("window", None), ("scale", None), ("softcap", 0)):
             if getattr(self, name) != default:
                 parts.append(f"{name}={getattr(self, name)}")
-        for name, buffer in self.named_buffers(recurse=False):
+        for name in self._map_names():
+            buffer = getattr(self, name)
             parts.append(f"{name}={'meta' if buffer.is_meta else buffer.tolist()}")
         return ", ".join(parts)
 
