@@ -41,6 +41,7 @@ from transformers.utils.import_utils import is_tracing
 from efficient_attn.errors import UnsupportedError
 from efficient_attn.functional import attention, attention_decode, attention_varlen
 from efficient_attn.functional.decode import FEW_TOKENS
+from efficient_attn.head_map import HeadMap
 from efficient_attn.integrations.model_facts import ModelFacts, facts
 from efficient_attn.integrations.past_key_values import InPages
 
@@ -99,7 +100,8 @@ def attention_forward(
     """Attend as the interface of transformers asks.
 
     Args:
-        module: The calling layer; its ``is_causal`` counts where the argument is absent.
+        module: The calling layer; its ``is_causal`` counts where the argument is absent, and its
+            ``q_to_kv``, if it has one, says which key and value head each query head reads.
         query: ``(B, Hq, Nq, D)``.
         key: ``(B, Hk, Nk, D)``; key and value heads are read in groups, never repeated.
         value: ``(B, Hk, Nk, Dv)``.
@@ -143,6 +145,7 @@ def attention_forward(
             'Use attn_implementation="eager" for this model, or leave this layer unpatched.',
         )
     options = {
+        "head_map": uneven_groups(module, key.shape[1]),
         "causal": bool(causal),
         "window": (sliding_window - 1, 0) if slides and causal else None,
         "scale": scaling,
@@ -172,6 +175,12 @@ def attention_forward(
     if s_aux is not None:
         out = out * share_of_keys(lse, s_aux).to(out.dtype)
     return out.transpose(1, 2).contiguous(), None
+
+
+def uneven_groups(module: nn.Module, num_kv_heads: int) -> HeadMap | None:
+    """The head map of a layer whose heads were grouped unevenly, or None for even groups."""
+    index = getattr(module, "q_to_kv", None)
+    return None if index is None else HeadMap.from_index(index, num_k_heads=num_kv_heads)
 
 
 def share_of_keys(lse: Tensor, s_aux: Tensor) -> Tensor:
