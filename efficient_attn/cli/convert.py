@@ -79,3 +79,49 @@ def mla(
         report,
         (text, text_tokens, max_kl, max_ppl_ratio),
     )
+
+
+@app.command()
+def diffqkv(
+    src: Src,
+    dst: Dst,
+    key_heads: Annotated[int, typer.Option(help="Key heads of the output.")],
+    value_heads: Annotated[
+        int | None, typer.Option(help="Value heads of the output; by default the source's.")
+    ] = None,
+    merge: Annotated[
+        str, typer.Option(help="How key heads become one: mean, select or complex_svd.")
+    ] = "complex_svd",
+    augmented_query_dim: Annotated[
+        int, typer.Option(help="Inner width of an augmented query to train; 0 for none.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Of the augmented query's first weights.")] = 0,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, ...; by default the source's.")
+    ] = None,
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    force: Force = False,
+    report: Report = None,
+    text: Text = None,
+    text_tokens: Tokens = 16384,
+    max_kl: MaxKl = None,
+    max_ppl_ratio: MaxPplRatio = None,
+) -> None:
+    """To fewer key heads than value heads (DiffQKV)."""
+    carry_out(
+        src,
+        dst,
+        "diffqkv",
+        {"dry_run": dry_run, "resume": resume, "force": force},
+        {
+            "key_heads": key_heads,
+            "value_heads": value_heads,
+            "merge": merge,
+            "augmented_query_dim": augmented_query_dim,
+            "seed": seed,
+            "dtype": dtype,
+        },
+        report,
+        (text, text_tokens, max_kl, max_ppl_ratio),
+    )

@@ -15,6 +15,7 @@ from efficient_attn.convert.checkpoint import Checkpoint
 from efficient_attn.convert.report import table
 from efficient_attn.convert.verify import Comparison, verify
 from efficient_attn.errors import ConversionError
+from efficient_attn.integrations import diffqkv_model  # noqa: F401  registers its classes
 from efficient_attn.integrations.converted import load_converted
 
 PROMPT, NEW_TOKENS = 16, 64
