@@ -167,7 +167,7 @@ class _Written:
         return source.parameters + source.num_layers * change
 
     def memory_bytes(self) -> int:
-        """Of a layer in fp64, copied while heads are merged; or of the embedding, read and written."""
+        """Of a layer in fp64, copied while heads are merged; or of the embedding, twice."""
         config = self.source.config
         layer = self.source.checkpoint.nbytes // self.source.num_layers
         attention = 2 * self._query_width() + 2 * config["num_key_value_heads"] * config["head_dim"]
