@@ -225,8 +225,9 @@ CACHES = {
 def test_every_cache_will_do(cache, padding, form, padded_batch, poisoned_memory):
     theirs, ours = pair("mistral", form)
     batch = padded_batch(padding)
-    past = CACHES[cache](ours.config)
-    assert torch.equal(search(ours, batch, past_key_values=past), search(theirs, batch))
+    for beams in (1, 3):
+        got = search(ours, batch, past_key_values=CACHES[cache](ours.config), num_beams=beams)
+        assert torch.equal(got, search(theirs, batch, num_beams=beams))
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
