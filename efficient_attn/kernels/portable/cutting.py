@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+Heads = slice | list[int]
+
 
 class Problem(NamedTuple):
-    """Query heads of some samples, and the key and value head that each of them reads.
+    """Query heads of some samples, and the key and value heads that they read.
 
-    ``None`` in place of the heads means all, in even groups. Only the first ``length`` keys count.
+    A slice of heads is read in even groups; a list has an entry for each query head. Only the first
+    ``length`` keys count.
     """
 
     samples: slice
     q_heads: slice
-    k_heads: list[int] | None
-    v_heads: list[int] | None
+    k_heads: Heads
+    v_heads: Heads
     length: int
 
 
@@ -39,11 +43,14 @@ def problems(
     q_to_v: Tensor | None,
     key_lengths: Tensor | None,
     even_groups: bool,
+    whole: bool = True,
 ) -> Iterator[Problem]:
-    """Cut the call where samples differ, and into chunks of heads where their map is not even.
+    """Cut the call where samples differ, and where their map is not even.
 
-    A chunk has as many heads as there are key or value heads, so that what is read for it is never
-    larger than what there is to read; and enough of them to occupy every thread.
+    A batch that occupies every thread is cut into runs of even groups where its map allows it, and
+    heads are read where they lie. Otherwise heads are cut into chunks. A chunk has as many as there
+    are key or value heads, so that what is copied for it is never larger than what there is to
+    read; and enough to occupy every thread.
 
     Args:
         query: ``(B, Hq, Nq, D)``.
@@ -52,27 +59,34 @@ def problems(
         q_to_k: As in the ``attention`` op.
         q_to_v: As in the ``attention`` op.
         key_lengths: As in the ``attention`` op.
-        even_groups: Whether even groups may stay whole.
+        even_groups: Whether the op serves even groups.
+        whole: Whether a map that is even may stay whole.
     """
     batch, num_k_heads, nk, _ = key.shape
     num_heads, num_v_heads = query.shape[1], value.shape[1]
+    even = q_to_k is None and q_to_v is None and num_k_heads == num_v_heads
+    even = even and even_groups and whole
     per_sample = any(x is not None and x.dim() == 2 for x in (q_to_k, q_to_v))
-    if key_lengths is None and not per_sample:
-        samples = [(slice(None), nk)]
-    else:
+    if key_lengths is not None or per_sample:
         lengths = [nk] * batch if key_lengths is None else key_lengths.tolist()
         samples = [(slice(b, b + 1), length) for b, length in enumerate(lengths)]
-
-    even = q_to_k is None and q_to_v is None and num_k_heads == num_v_heads
+    else:
+        samples = [(slice(0, batch), nk)]
     for which, length in samples:
         if length == 0:
             continue
-        if even and even_groups:
-            yield Problem(which, slice(0, num_heads), None, None, length)
+        if even:
+            yield Problem(which, slice(0, num_heads), slice(None), slice(None), length)
             continue
+        together = which.stop - which.start
         k_heads = _row(q_to_k, which, num_heads, num_k_heads)
         v_heads = _row(q_to_v, which, num_heads, num_v_heads)
-        together = batch if which == slice(None) else 1
+        occupied = together >= 4 * torch.get_num_threads()
+        runs = _runs(k_heads, v_heads) if even_groups and occupied else []
+        if 0 < len(runs) <= max(num_k_heads, num_v_heads):
+            for heads in runs:
+                yield Problem(which, *heads, length)
+            continue
         largest = max(num_k_heads, num_v_heads, -(-torch.get_num_threads() // together))
         chunk = -(-num_heads // -(-num_heads // largest))
         for start in range(0, num_heads, chunk):
@@ -84,6 +98,22 @@ def _row(index: Tensor | None, samples: slice, num_q_heads: int, num_heads: int)
     if index is None:
         return [head * num_heads // num_q_heads for head in range(num_q_heads)]
     return (index[samples.start] if index.dim() == 2 else index).tolist()
+
+
+def _runs(k_heads: list[int], v_heads: list[int]) -> list[tuple[slice, slice, slice]]:
+    """Query heads side by side that read heads side by side in even groups."""
+    pairs = zip(k_heads, v_heads, strict=True)
+    groups = [(*pair, len(list(same))) for pair, same in itertools.groupby(pairs)]
+    runs, start = [], 0
+    for number, (k, v, size) in enumerate(groups):
+        if number and groups[number - 1] == (k - 1, v - 1, size):
+            q, ks, vs = runs.pop()
+            heads = (q.start, ks.start, vs.start)
+        else:
+            heads = (start, k, v)
+        start += size
+        runs.append(tuple(map(slice, heads, (start, k + 1, v + 1))))
+    return runs
 
 
 def pieces(nq: int, nk: int, left: int | None, right: int | None) -> Iterator[list[Piece]]:

@@ -14,7 +14,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from efficient_attn.kernels.conventions import accumulator, tokens_major
-from efficient_attn.kernels.portable.cutting import Piece, Problem, pieces, problems
+from efficient_attn.kernels.portable.cutting import (
+    Heads,
+    Piece,
+    Problem,
+    pieces,
+    problems,
+)
 from efficient_attn.masking import visible
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -85,7 +91,7 @@ def backward(
     read = (query, key, value, q_to_k, q_to_v, key_lengths)
     widths = [shape[-1] for shape in shapes]
     totals: list[Tensor] | None = None
-    for problem in problems(*read, _groups_natively() and _occupies_threads(key)):
+    for problem in problems(*read, _groups_natively(), _occupies_threads(key)):
         q, k, v, mask = _select(problem, query, key, value, bias)
         samples = problem.samples
         for together in pieces(query.shape[2], problem.length, left, right):
@@ -153,12 +159,12 @@ def _select(problem: Problem, query, key, value, bias):
     )
 
 
-def _read_heads(x: Tensor, heads: list[int] | None, query: Tensor) -> Tensor:
+def _read_heads(x: Tensor, heads: Heads, query: Tensor) -> Tensor:
     """The named heads of ``x``; a view where they are short, and one head or neighbours."""
     is_shared = x.shape[1] < query.shape[1]
     long = is_shared and min(query.shape[2], x.shape[2]) >= _LONG
-    if heads is None:
-        return x.contiguous() if long else x
+    if isinstance(heads, slice):
+        return x[:, heads].contiguous() if long else x[:, heads]
     first, count = heads[0], len(heads)
     if heads == [first] * count:
         x = x[:, first : first + 1]
@@ -169,10 +175,10 @@ def _read_heads(x: Tensor, heads: list[int] | None, query: Tensor) -> Tensor:
     return x.index_select(1, torch.tensor(heads))
 
 
-def _add_heads(total: Tensor, heads: list[int] | None, grad: Tensor) -> None:
+def _add_heads(total: Tensor, heads: Heads, grad: Tensor) -> None:
     """Add to each head what the query heads that read it gave, in their order."""
-    if heads is None:
-        total += grad
+    if isinstance(heads, slice):
+        total[:, heads] += grad
     else:
         total.index_add_(1, torch.tensor(heads), grad.to(total.dtype))
 
