@@ -5,6 +5,13 @@
 // Native ops live in a namespace of their own; efficient_attn/ops/native.py puts them in place of the
 // portable ones, after it has compared the schemas, and can take them out again.
 
+// The fields of a HyperAttention plan.
+#define EA_HYPER_PLAN                                                                           \
+  "Tensor key_order, Tensor key_rank, Tensor band_start, Tensor band_end, Tensor block_rows, "  \
+  "Tensor block_first, Tensor block_sample, Tensor sample_keys, Tensor sample_log_weight, "     \
+  "bool causal, SymInt leaf_size, SymInt window, SymInt sinks, SymInt block_size, "             \
+  "bool samples_by_leaf"
+
 STABLE_TORCH_LIBRARY(efficient_attn_native, m) {
   m.def("merge_states(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)");
   m.def(
@@ -14,10 +21,19 @@ STABLE_TORCH_LIBRARY(efficient_attn_native, m) {
   m.def(
       "mla_decode(Tensor q_latent, Tensor q_rope, Tensor cache, Tensor cache_lengths, "
       "Tensor? block_table, float scale) -> (Tensor out, Tensor lse)");
+  m.def(
+      "hyper_attention(Tensor query, Tensor key, Tensor value, " EA_HYPER_PLAN
+      ", float scale) -> (Tensor out, Tensor lse)");
+  m.def(
+      "hyper_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, "
+      "Tensor value, Tensor out, Tensor lse, " EA_HYPER_PLAN
+      ", float scale) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(efficient_attn_native, CPU, m) {
   m.impl("merge_states", TORCH_BOX(&ea::cpu::merge_states));
   m.impl("attention_decode", TORCH_BOX(&ea::cpu::attention_decode));
   m.impl("mla_decode", TORCH_BOX(&ea::cpu::mla_decode));
+  m.impl("hyper_attention", TORCH_BOX(&ea::cpu::hyper_attention));
+  m.impl("hyper_attention_backward", TORCH_BOX(&ea::cpu::hyper_attention_backward));
 }

@@ -1,9 +1,9 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "common/macros.h"
+#include "cpu/isa.h"
 
 // What the kernel of attention to a cache is told. Plain data: it is compiled for several
 // instruction sets.
@@ -19,9 +19,6 @@ constexpr int64_t kDecodePadding = 32;
 inline int64_t padded(int64_t size) {
   return (size + kDecodePadding - 1) / kDecodePadding * kDecodePadding;
 }
-
-template <typename Value>
-using RealOf = std::conditional_t<std::is_same_v<Value, double>, double, float>;
 
 // Integers at a constant step, 32 or 64 bits wide.
 struct Integers {

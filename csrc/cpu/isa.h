@@ -3,6 +3,7 @@
 // The instruction sets that kernels are compiled for, and what all of them share.
 
 #include <cstdint>
+#include <type_traits>
 
 namespace ea::cpu {
 
@@ -13,6 +14,10 @@ struct BFloat16 {
 struct Half {
   uint16_t bits;
 };
+
+// What values are computed in.
+template <typename Value>
+using RealOf = std::conditional_t<std::is_same_v<Value, double>, double, float>;
 
 enum class Isa { baseline, avx2, avx512, avx512_bf16 };  // each holds the ones before it
 

@@ -27,4 +27,25 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor> mla_decode(
     torch::stable::Tensor cache_lengths, std::optional<torch::stable::Tensor> block_table,
     double scale);
 
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> hyper_attention(
+    torch::stable::Tensor query, torch::stable::Tensor key, torch::stable::Tensor value,
+    torch::stable::Tensor key_order, torch::stable::Tensor key_rank,
+    torch::stable::Tensor band_start, torch::stable::Tensor band_end,
+    torch::stable::Tensor block_rows, torch::stable::Tensor block_first,
+    torch::stable::Tensor block_sample, torch::stable::Tensor sample_keys,
+    torch::stable::Tensor sample_log_weight, bool causal, int64_t leaf_size, int64_t window,
+    int64_t sinks, int64_t block_size, bool samples_by_leaf, double scale);
+
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor>
+hyper_attention_backward(
+    torch::stable::Tensor grad_out, std::optional<torch::stable::Tensor> grad_lse,
+    torch::stable::Tensor query, torch::stable::Tensor key, torch::stable::Tensor value,
+    torch::stable::Tensor out, torch::stable::Tensor lse, torch::stable::Tensor key_order,
+    torch::stable::Tensor key_rank, torch::stable::Tensor band_start,
+    torch::stable::Tensor band_end, torch::stable::Tensor block_rows,
+    torch::stable::Tensor block_first, torch::stable::Tensor block_sample,
+    torch::stable::Tensor sample_keys, torch::stable::Tensor sample_log_weight, bool causal,
+    int64_t leaf_size, int64_t window, int64_t sinks, int64_t block_size, bool samples_by_leaf,
+    double scale);
+
 }  // namespace ea::cpu

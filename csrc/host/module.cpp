@@ -12,6 +12,7 @@
 #include "cpu/head_families.h"
 #include "cpu/merge_states.h"
 #include "host/decode_door.h"
+#include "host/tile_door.h"
 
 #define EA_BODY "host/probes.inl"
 #include "cpu/for_each_isa.h"
@@ -166,6 +167,29 @@ PYBIND11_MODULE(_host, m) {
         py::arg("isa"), py::arg("dtype"), py::arg("queries"), py::arg("keys"), py::arg("values"),
         py::arg("tokens"), py::arg("window_left"), py::arg("scale"), py::arg("softcap"),
         "Attention of some queries to the rows of one head as (outs, lses).");
+  py::class_<ea::host::TileCase>(m, "TileCase", "Queries, and the keys that they share.")
+      .def(py::init<>())
+      .def_readwrite("queries", &ea::host::TileCase::queries)
+      .def_readwrite("keys", &ea::host::TileCase::keys)
+      .def_readwrite("values", &ea::host::TileCase::values)
+      .def_readwrite("tokens", &ea::host::TileCase::tokens)
+      .def_readwrite("places", &ea::host::TileCase::places)
+      .def_readwrite("limits", &ea::host::TileCase::limits)
+      .def_readwrite("ranks", &ea::host::TileCase::ranks)
+      .def_readwrite("hidden_from", &ea::host::TileCase::hidden_from)
+      .def_readwrite("hidden_to", &ea::host::TileCase::hidden_to)
+      .def_readwrite("log_weights", &ea::host::TileCase::log_weights)
+      .def_readwrite("scale", &ea::host::TileCase::scale);
+  m.def("attend_tile", [](const std::string& isa, const ea::host::TileCase& tile) {
+          return ea::host::attend_tile(isa_of(isa), tile);
+        }, py::arg("isa"), py::arg("tile"), "Attention of a tile as (outs, lses).");
+  m.def("differentiate_tile",
+        [](const std::string& isa, const ea::host::TileCase& tile, const ea::host::Rows& grad_outs,
+           const std::vector<float>& lses, const std::vector<float>& deltas) {
+          return ea::host::differentiate_tile(isa_of(isa), tile, grad_outs, lses, deltas);
+        },
+        py::arg("isa"), py::arg("tile"), py::arg("grad_outs"), py::arg("lses"), py::arg("deltas"),
+        "Its gradients of queries, and of the keys and values of each column.");
   m.def("exp", [](const std::string& isa, const std::vector<float>& values) {
           return ea::host::exp_of(isa_of(isa), values);
         }, py::arg("isa"), py::arg("values"), "exp of nothing positive, on one instruction set.");

@@ -13,6 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from efficient_attn.config import HyperConfig
+from efficient_attn.planning import make_plan
+
 LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
 
 _refusal: str | None = "not asked for yet"
@@ -42,11 +45,27 @@ def _mla_decode_sample() -> tuple:
     return _wave(2, 5, 1, 20), _wave(2, 5, 1, 4), _wave(5, 32, 24), lengths, table, 0.3
 
 
+def _hyper_attention_sample() -> tuple:
+    query, key, value = _wave(1, 2, 70, 9), _wave(1, 1, 90, 9).cos(), _wave(1, 1, 90, 20)
+    config = HyperConfig(
+        block_size=8, sample_size=4, leaf_size=16, window=8, sinks=2, exact_below=2
+    )
+    return query, key, value, *make_plan(query, key, causal=True, config=config, seed=0), 0.4
+
+
+def _hyper_attention_backward_sample() -> tuple:
+    inputs = _hyper_attention_sample()
+    out, lse = torch.ops.efficient_attn.hyper_attention(*inputs)
+    return out.cos(), lse.cos(), *inputs[:3], out, lse, *inputs[3:]
+
+
 # Every native op, with arguments on which it has to agree with the portable one.
 _SAMPLES = {
     "merge_states": _merge_states_sample,
     "attention_decode": _attention_decode_sample,
     "mla_decode": _mla_decode_sample,
+    "hyper_attention": _hyper_attention_sample,
+    "hyper_attention_backward": _hyper_attention_backward_sample,
 }
 
 
