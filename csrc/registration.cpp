@@ -28,6 +28,12 @@ STABLE_TORCH_LIBRARY(efficient_attn_native, m) {
       "hyper_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, "
       "Tensor value, Tensor out, Tensor lse, " EA_HYPER_PLAN
       ", float scale) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+  m.def(
+      "lsh_codes(Tensor x, Tensor normals, SymInt bits, bool center, SymInt leaf, SymInt first, "
+      "bool own) -> Tensor");
+  m.def(
+      "segment_order(Tensor codes, SymInt[] sizes, SymInt tokens, SymInt first) -> "
+      "(Tensor order, Tensor rank)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(efficient_attn_native, CPU, m) {
@@ -36,4 +42,6 @@ STABLE_TORCH_LIBRARY_IMPL(efficient_attn_native, CPU, m) {
   m.impl("mla_decode", TORCH_BOX(&ea::cpu::mla_decode));
   m.impl("hyper_attention", TORCH_BOX(&ea::cpu::hyper_attention));
   m.impl("hyper_attention_backward", TORCH_BOX(&ea::cpu::hyper_attention_backward));
+  m.impl("lsh_codes", TORCH_BOX(&ea::cpu::lsh_codes));
+  m.impl("segment_order", TORCH_BOX(&ea::cpu::segment_order));
 }

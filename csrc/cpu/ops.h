@@ -48,4 +48,11 @@ hyper_attention_backward(
     int64_t leaf_size, int64_t window, int64_t sinks, int64_t block_size, bool samples_by_leaf,
     double scale);
 
+torch::stable::Tensor lsh_codes(
+    torch::stable::Tensor x, torch::stable::Tensor normals, int64_t bits, bool center,
+    int64_t leaf, int64_t first, bool own);
+
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> segment_order(
+    torch::stable::Tensor codes, std::vector<int64_t> sizes, int64_t tokens, int64_t first);
+
 }  // namespace ea::cpu

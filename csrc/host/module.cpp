@@ -6,7 +6,9 @@
 #include <utility>
 #include <vector>
 
+#include "common/counting_sort.h"
 #include "common/head_map.h"
+#include "common/lsh.h"
 #include "common/online_softmax.h"
 #include "cpu/decode.h"
 #include "cpu/head_families.h"
@@ -59,6 +61,25 @@ std::pair<std::vector<double>, double> merge_weights(const std::vector<double>& 
   std::vector<double> weights(lses.size());
   const double lse = ea::merge_weights(lses.data(), int(lses.size()), weights.data());
   return {weights, lse};
+}
+
+uint32_t sign_code(const std::vector<float>& projections, const std::vector<float>& thresholds) {
+  if (projections.size() != thresholds.size() || projections.size() > 16) {
+    throw std::invalid_argument("pass as many thresholds as projections, at most 16.");
+  }
+  return ea::sign_code(projections.data(), thresholds.data(), int(projections.size()));
+}
+
+std::pair<std::vector<int32_t>, std::vector<int32_t>> counting_sort(
+    const std::vector<int32_t>& bins, int num_bins) {
+  for (const int32_t bin : bins) {
+    if (bin < 0 || bin >= num_bins) throw std::invalid_argument("bins must lie in [0, num_bins).");
+  }
+  std::vector<int32_t> starts(num_bins + 1), sorted(bins.size());
+  ea::counting_sort(
+      int64_t(bins.size()), num_bins, [](int64_t i) { return int32_t(i); },
+      [&](int32_t item) { return bins[item]; }, starts.data(), sorted.data());
+  return {sorted, starts};
 }
 
 using ea::cpu::Isa;
@@ -151,6 +172,10 @@ PYBIND11_MODULE(_host, m) {
         "The inverse of a head index as (starts, members).");
   m.def("merge_weights", &merge_weights, py::arg("lses"),
         "The weights of partial results in their merger, and its log-sum-exp.");
+  m.def("sign_code", &sign_code, py::arg("projections"), py::arg("thresholds"),
+        "The Gray rank of the bits projection > threshold.");
+  m.def("counting_sort", &counting_sort, py::arg("bins"), py::arg("num_bins"),
+        "Items in the order of their bins as (sorted, starts of the bins).");
   m.def("instruction_sets", &instruction_sets, "Those that this processor runs, widest last.");
   m.def("merge_row", &merge_row, py::arg("isa"), py::arg("parts"), py::arg("lses"),
         "One row of merge_states as (out, lse), on one instruction set.");

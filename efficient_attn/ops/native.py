@@ -59,6 +59,15 @@ def _hyper_attention_backward_sample() -> tuple:
     return out.cos(), lse.cos(), *inputs[:3], out, lse, *inputs[3:]
 
 
+def _lsh_codes_sample() -> tuple:
+    return _wave(2, 2, 70, 9), _wave(9, 16).cos(), 5, True, 16, -7, False
+
+
+def _segment_order_sample() -> tuple:
+    codes = torch.arange(2 * 3 * 80, dtype=torch.int32, device="cpu").view(2, 3, 80)
+    return codes * 37 % 11, [16, 40], 40, 7
+
+
 # Every native op, with arguments on which it has to agree with the portable one.
 _SAMPLES = {
     "merge_states": _merge_states_sample,
@@ -66,6 +75,8 @@ _SAMPLES = {
     "mla_decode": _mla_decode_sample,
     "hyper_attention": _hyper_attention_sample,
     "hyper_attention_backward": _hyper_attention_backward_sample,
+    "lsh_codes": _lsh_codes_sample,
+    "segment_order": _segment_order_sample,
 }
 
 
@@ -129,7 +140,7 @@ def _load() -> str | None:
         if ours != theirs:
             return f"{LIBRARY.name} is of another version: it has {theirs} for {ours}"
         with torch.no_grad():
-            expected, actual = op(*sample()), _native(name)(*sample())
+            expected, actual = (_several(x(*sample())) for x in (op, _native(name)))
         if not all(map(_agree, actual, expected)):
             return f"{LIBRARY.name} computes {name} wrongly on this machine"
     return None
@@ -137,6 +148,10 @@ def _load() -> str | None:
 
 def _native(name: str) -> torch._ops.OpOverload:
     return getattr(torch.ops.efficient_attn_native, name).default
+
+
+def _several(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return results if isinstance(results, tuple) else (results,)
 
 
 def _agree(actual: Tensor, expected: Tensor) -> bool:

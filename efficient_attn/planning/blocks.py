@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from efficient_attn.planning.layout import Problem
-
-# Above every code, so that it sorts last.
-_NOWHERE = 2**16
+from efficient_attn.planning.ordering import NOWHERE
 
 
 class Blocks(NamedTuple):
@@ -56,12 +54,10 @@ def ranked_blocks(
     device = k_codes.device
     batch, num_heads, group, nq = q_codes.shape
     nk, num_rows = k_codes.shape[-1], group * nq
-    sizes = torch.tensor(segment_sizes, device=device).unsqueeze(-1)
-    key = torch.arange(nk, device=device)
-    query = torch.arange(nq, device=device) + corner
-    k_codes = torch.where(key < sinks, _NOWHERE, k_codes)
-    k_sorted, key_order = _sorted(key, sizes, k_codes.unsqueeze(2))
-    row_sorted, row_order = _sorted(query.repeat(group), sizes, q_codes.flatten(2).unsqueeze(2))
+    q_codes, k_codes = q_codes.flatten(2), _without_sinks(k_codes, sinks)
+    order = torch.ops.efficient_attn.segment_order
+    key_order, key_rank = order(k_codes, segment_sizes, nk, 0)
+    row_order, _ = order(q_codes, segment_sizes, nq, corner)
 
     # Segments keep their place when sorted, so the rows of a problem are a known range.
     per_block, num_blocks = [], []
@@ -88,8 +84,8 @@ def ranked_blocks(
         middle = (torch.arange(len(first), device=device) * rows + rows // 2).clamp(
             max=num_rows - 1
         )
-        code = row_sorted[:, :, 0].index_select(-1, middle)
-        among = k_sorted[:, :, 0, :keys].contiguous()
+        code = q_codes.gather(-1, row_order[:, :, 0].index_select(-1, middle).long())
+        among = k_codes.gather(-1, key_order[:, :, 0, :keys].long())
         sides = (torch.searchsorted(among, code, right=right) for right in (False, True))
         first = (sum(sides) // 2 - size // 2).clamp(min=0, max=max(keys - size, 0))
     first = first.expand(batch, num_heads, -1)
@@ -100,8 +96,8 @@ def ranked_blocks(
     row = row_order.flatten(2).index_select(-1, source)
     level = source // max(num_rows, 1)
     return Blocks(
-        key_order.int(),
-        _inverse(key_order),
+        key_order,
+        key_rank,
         *(
             _placed(x - level * nk, row + level * num_rows, (len(segment_sizes), num_rows), 0)
             for x in (start, stop)
@@ -131,9 +127,10 @@ def recent_blocks(
     batch, num_heads, group, nq = q_codes.shape
     nk, num_rows, half = k_codes.shape[-1], group * nq, -(-size // 2)
     key = torch.arange(nk, device=k_codes.device)
+    k_codes = _without_sinks(k_codes, sinks)
+    key_order, key_rank = torch.ops.efficient_attn.segment_order(k_codes, [nk], nk, 0)
     # Code and position in one number, which sorts without ties.
-    k_codes = torch.where(key < sinks, _NOWHERE, k_codes)
-    k_sorted, key_order = torch.sort(k_codes * (nk + 1) + key)
+    k_sorted = (k_codes.long() * (nk + 1) + key).gather(-1, key_order[:, :, 0].long())
     q_first = q_codes.long() * (nk + 1)
     bucket = torch.searchsorted(k_sorted, q_first.flatten(2))
     end = torch.searchsorted(k_sorted, (q_first + before).flatten(2))
@@ -154,19 +151,14 @@ def recent_blocks(
     place = tile * tile_rows + within % tile_rows
     block_rows = _placed(row, place, (num_tiles + 1, tile_rows), -1)[:, :, :-1]
     block_first = _placed(sorted_start, tile, (num_tiles + 1,), 0)[:, :, :-1]
-    level = (x.unsqueeze(2) for x in (key_order.int(), _inverse(key_order), start.int(), end.int()))
-    return Blocks(*level, block_rows.contiguous(), block_first.contiguous())
+    band = (x.int().unsqueeze(2) for x in (start, end))
+    return Blocks(key_order, key_rank, *band, block_rows.contiguous(), block_first.contiguous())
 
 
-def _sorted(position: Tensor, sizes: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Sort tokens of every level by segment, then code, then position: ``(B, Hk, L, tokens)``."""
-    segment = torch.div(position, sizes, rounding_mode="floor")
-    return torch.sort(segment * (_NOWHERE + 1) + codes, stable=True)
-
-
-def _inverse(order: Tensor) -> Tensor:
-    index = torch.arange(order.shape[-1], device=order.device, dtype=torch.int32)
-    return torch.empty_like(order, dtype=torch.int32).scatter_(-1, order, index.expand_as(order))
+def _without_sinks(k_codes: Tensor, sinks: int) -> Tensor:
+    """Codes of keys, behind all others for those that are in no block."""
+    key = torch.arange(k_codes.shape[-1], device=k_codes.device)
+    return torch.where(key < sinks, NOWHERE, k_codes)
 
 
 def _placed(values: Tensor, index: Tensor, shape: tuple[int, ...], empty: int) -> Tensor:

@@ -38,6 +38,38 @@ def codes(projections: Tensor, threshold: Tensor | float) -> Tensor:
     return gray_rank((bits * places.to(torch.int32)).sum(-1, dtype=torch.int32))
 
 
+def lsh_codes(
+    x: Tensor, normals: Tensor, bits: int, center: bool, leaf: int, first: int, own: bool
+) -> Tensor:
+    """The ``lsh_codes`` op: the code of every token, after a mean has been subtracted.
+
+    The side of a hyperplane on which ``x - mean`` lies is told by comparing projections, so nothing
+    is subtracted from the tokens themselves.
+
+    Args:
+        x: Tokens.
+        normals: All the directions there could be, fp32: a product with a few columns is slower.
+        bits: How many of them are used.
+        center: Subtract the mean; otherwise nothing.
+        leaf: With 0 the mean is that of all tokens; otherwise that of all leaves of so many
+            positions before a token's own.
+        first: The position of token 0. A position below 0 counts as 0.
+        own: Whether the mean takes in a token's own leaf.
+
+    Shape:
+        - x: ``(B, H, tokens, D)``; normals: ``(D, projections)``; out: ``(B, H, tokens)``, int32
+    """
+    projections = (x.float() @ normals)[..., :bits]
+    if not center:
+        return codes(projections, 0.0)
+    if leaf == 0:
+        return codes(projections, projections.mean(-2, keepdim=True))
+    positions = (torch.arange(x.shape[2], device=x.device) + first).clamp(min=0)
+    number = torch.div(positions, leaf, rounding_mode="floor")
+    num_leaves = max(first + x.shape[2] - 1, 0) // leaf + 1
+    return codes(projections, past_mean(projections, number, num_leaves, own))
+
+
 def past_mean(projections: Tensor, leaf_of_token: Tensor, num_leaves: int, own: bool) -> Tensor:
     """For every token the mean over all tokens of the leaves before its own, or up to its own.
 

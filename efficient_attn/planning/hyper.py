@@ -11,7 +11,7 @@ from torch import Tensor
 from efficient_attn.config import MAX_PROJECTIONS, HyperConfig
 from efficient_attn.planning import layout
 from efficient_attn.planning.blocks import Blocks, ranked_blocks, recent_blocks
-from efficient_attn.planning.hashing import codes, directions, past_mean
+from efficient_attn.planning.hashing import directions
 from efficient_attn.planning.samples import leaf_samples, segment_samples
 
 
@@ -183,27 +183,14 @@ def _num_projections(config: HyperConfig, nk: int) -> int:
 
 
 def _codes(query, key, causal, config, seed) -> tuple[Tensor, Tensor]:
-    """The codes of queries, ``(B, Hk, G, nq)``, and of keys, ``(B, Hk, nk)``.
-
-    The side of a hyperplane on which ``x - mean`` lies is told by comparing projections, so nothing
-    is subtracted from the tokens themselves.
-    """
+    """The codes of queries, ``(B, Hk, G, nq)``, and of keys, ``(B, Hk, nk)``."""
     nq, nk = query.shape[2], key.shape[2]
-    # All the directions there could be: a product with a few columns is slower than with sixteen.
     normals = directions(seed, key.shape[-1], MAX_PROJECTIONS, key.device)
-    used = _num_projections(config, nk)
-    projections = [(x.float() @ normals)[..., :used] for x in (query, key)]
-    means = [torch.zeros((), device=key.device)] * 2
-    if config.center and causal and not config.is_published:
-        # A key is met from later leaves only, so its own leaf is past; that of a query is not.
-        positions = layout.query_positions(nq, nk, key.device).clamp(min=0)
-        places = (positions, torch.arange(nk, device=key.device))
-        leaf, num_leaves = config.leaf_size, -(-nk // config.leaf_size)
-        means = [
-            past_mean(x, place // leaf, num_leaves, own)
-            for x, place, own in zip(projections, places, (False, True), strict=True)
-        ]
-    elif config.center:
-        means = [x.mean(-2, keepdim=True) for x in projections]
-    q_codes, k_codes = (codes(x, mean) for x, mean in zip(projections, means, strict=True))
+    bits = _num_projections(config, nk)
+    # A key is met from later leaves only, so its own leaf is past; that of a query is not.
+    leaf = config.leaf_size if causal and not config.is_published else 0
+    q_codes, k_codes = (
+        torch.ops.efficient_attn.lsh_codes(x, normals, bits, config.center, leaf, first, own)
+        for x, first, own in ((query, nk - nq, False), (key, 0, True))
+    )
     return q_codes.unflatten(1, (key.shape[1], -1)), k_codes

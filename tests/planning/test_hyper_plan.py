@@ -228,3 +228,13 @@ def test_centring_makes_codes_blind_to_a_shift_of_keys_and_queries():
         ]
         same = (plans[0].band_start == plans[1].band_start).double().mean()
         assert same > (0.98 if not causal else 0.9)
+
+
+def test_no_band_holds_a_sink_however_long_the_sequence():
+    # So long that code times length would not fit 32 bits for what sorts last.
+    query, key = tokens(8, 70_000, heads=1, dim=2)
+    config = HyperConfig(block_size=8, sample_size=0, num_projections=3)
+    plan = make_plan(query, key, causal=True, config=config, seed=0)
+    assert (plan.key_rank[..., : config.sinks] >= key.shape[2] - config.sinks).all()
+    assert (plan.band_end <= key.shape[2] - config.sinks).all()
+    assert (plan.band_end > plan.band_start).any()
