@@ -36,13 +36,14 @@ LINES = {"gather": "--", "groups": ":", "keys": "--", "packed": "-.", "read": ":
 
 
 def draw(records: list[dict], folder: Path) -> list[Path]:
-    """Write ``ratio``, ``time``, ``bandwidth``, ``memory`` and ``quality.png`` of what is there."""
+    """Write those of the figures below that there is something for, as ``NAME.png``."""
     folder.mkdir(parents=True, exist_ok=True)
     figures = {
         "ratio": _ratio_figure,
         "time": _time_figure,
         "bandwidth": _bandwidth_figure,
         "memory": _memory_figure,
+        "speedup": _speedup_figure,
         "quality": quality_figure,
     }
     written = []
@@ -100,6 +101,39 @@ def _memory_figure(records: list[dict]) -> plt.Figure | None:
     label = "memory beyond inputs and results, in units of K written out per query head"
     _finish(axes, names, label)
     axes.set_title(_title(records), fontsize=9, loc="left")
+    return figure
+
+
+def _speedup_figure(records: list[dict]) -> plt.Figure | None:
+    """How estimates gain with the length, whatever the number of heads."""
+    kinds = {r["workload"]["name"]: r["workload"] for r in _timed(records)}
+    lines: dict[tuple[str, str, str], list[tuple[int, float]]] = {}
+    for ratio in ratios(records):
+        workload = kinds[ratio.workload]
+        if workload.get("op") == "hyper":
+            mask = "causal" if workload["causal"] else "full"
+            passes = "forward and backward" if "backward" in workload["mode"] else "forward"
+            line = lines.setdefault((passes, mask, workload["hyper"]), [])
+            line.append((ratio.num_keys, ratio.value))
+    if not lines:
+        return None
+    figure, grid = plt.subplots(
+        1, 2, figsize=(8.4, 3.4), sharey=True, squeeze=False, layout="constrained"
+    )
+    lengths = sorted({length for line in lines.values() for length, _ in line})
+    for axes, passes in zip(grid.flat, ("forward", "forward and backward"), strict=True):
+        for (of, mask, config), line in sorted(lines.items()):
+            if of == passes:
+                style = {"color": OURS if mask == "full" else "#c1666b", "marker": "o"}
+                style |= {"markersize": 3, "linestyle": "-" if config == "paper" else "--"}
+                axes.plot(*zip(*sorted(line), strict=True), label=f"{config}, {mask}", **style)
+        axes.axhline(1, color="black", linewidth=0.8)
+        _log_axes(axes, lengths)
+        axes.set_title(passes, fontsize=8, loc="left")
+        axes.legend(fontsize=7, frameon=False)
+    figure.supxlabel("tokens", fontsize=9)
+    figure.supylabel("times as fast as exact attention", fontsize=9)
+    figure.suptitle(_title(records), fontsize=10)
     return figure
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from bench.environment import ROOT, describe
 from bench.pages import TABLE, filled
+from bench.suites import SUITES
 from tests.bench.test_report import result
 from tests.bench.toys import CACHE, EMPTY_GROUP, GQA
 
@@ -54,3 +55,18 @@ def test_a_table_is_made_from_its_results(tmp_path):
     assert "| 99 | sdpa | 7.50 | 1.00 | 1.0e-02 |" in new
     assert "| 99 | sdpa |  |  | 1.0e-02 |" in new
     assert filled(new, tmp_path) == new
+
+
+def test_estimates_have_a_table_of_their_own(tmp_path):
+    workload = next(w for w in SUITES["hyper"] if w.num_keys == 32768)
+    records = [
+        {"kind": "environment", **describe("cpu")},
+        result(workload, "efficient_attn", "ours", 0.07),
+        result(workload, "sdpa-flash", "torch", 3.5),
+    ]
+    lines = "".join(f"{json.dumps(record)}\n" for record in records)
+    (tmp_path / "results.jsonl").write_text(lines, encoding="utf-8")
+    page = filled("<!-- table: results.jsonl -->\n<!-- end of table -->", tmp_path)
+    rows = [line for line in page.splitlines() if workload.name in line]
+    assert len(rows) == 1 and "| 70.0 | sdpa-flash | 3500 | **50.0** |" in rows[0]
+    assert rows[0].endswith("| 1.50 |")

@@ -40,7 +40,7 @@ def result(workload: Workload, provider: str, side: str, seconds: float, spread:
         },
         "flops_per_second": workload.flops() / seconds,
         "bytes_per_second": workload.minimal_bytes() / seconds,
-        "memory": {"peak_bytes": 5e6, "workspace_in_expanded_keys": 0.5},
+        "memory": {"peak_bytes": 5e6, "result_bytes": 2e6, "workspace_in_expanded_keys": 0.5},
     }
 
 
