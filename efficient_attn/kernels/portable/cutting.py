@@ -9,14 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Heads = slice | list[int]
+Heads = slice | list[int] | Tensor
 
 
 class Problem(NamedTuple):
     """Query heads of some samples, and the key and value heads that they read.
 
-    A slice of heads is read in even groups; a list has an entry for each query head. Only the first
-    ``length`` keys count.
+    A slice of heads is read in even groups. Otherwise each query head has its own entry, in a list
+    for all samples or in a tensor with one row for each. Only the first ``length`` keys count.
     """
 
     samples: slice
@@ -66,12 +66,10 @@ def problems(
     num_heads, num_v_heads = query.shape[1], value.shape[1]
     even = q_to_k is None and q_to_v is None and num_k_heads == num_v_heads
     even = even and even_groups and whole
-    per_sample = any(x is not None and x.dim() == 2 for x in (q_to_k, q_to_v))
-    if key_lengths is not None or per_sample:
-        lengths = [nk] * batch if key_lengths is None else key_lengths.tolist()
-        samples = [(slice(b, b + 1), length) for b, length in enumerate(lengths)]
-    else:
+    if key_lengths is None:
         samples = [(slice(0, batch), nk)]
+    else:
+        samples = [(slice(b, b + 1), length) for b, length in enumerate(key_lengths.tolist())]
     for which, length in samples:
         if length == 0:
             continue
@@ -79,8 +77,8 @@ def problems(
             yield Problem(which, slice(0, num_heads), slice(None), slice(None), length)
             continue
         together = which.stop - which.start
-        k_heads = _row(q_to_k, which, num_heads, num_k_heads)
-        v_heads = _row(q_to_v, which, num_heads, num_v_heads)
+        k_heads = _entries(q_to_k, which, num_heads, num_k_heads)
+        v_heads = _entries(q_to_v, which, num_heads, num_v_heads)
         occupied = together >= 4 * torch.get_num_threads()
         runs = _runs(k_heads, v_heads) if even_groups and occupied else []
         if 0 < len(runs) <= max(num_k_heads, num_v_heads):
@@ -91,17 +89,30 @@ def problems(
         chunk = -(-num_heads // -(-num_heads // largest))
         for start in range(0, num_heads, chunk):
             heads = slice(start, min(start + chunk, num_heads))
-            yield Problem(which, heads, k_heads[heads], v_heads[heads], length)
+            yield Problem(which, heads, _part(k_heads, heads), _part(v_heads, heads), length)
 
 
-def _row(index: Tensor | None, samples: slice, num_q_heads: int, num_heads: int) -> list[int]:
+def _entries(
+    index: Tensor | None, samples: slice, num_q_heads: int, num_heads: int
+) -> list[int] | Tensor:
     if index is None:
         return [head * num_heads // num_q_heads for head in range(num_q_heads)]
-    return (index[samples.start] if index.dim() == 2 else index).tolist()
+    if index.dim() == 1:
+        return index.tolist()
+    rows = index[samples]
+    return rows[0].tolist() if len(rows) == 1 else rows
 
 
-def _runs(k_heads: list[int], v_heads: list[int]) -> list[tuple[slice, slice, slice]]:
-    """Query heads side by side that read heads side by side in even groups."""
+def _part(entries: list[int] | Tensor, heads: slice) -> list[int] | Tensor:
+    return entries[:, heads] if isinstance(entries, Tensor) else entries[heads]
+
+
+def _runs(
+    k_heads: list[int] | Tensor, v_heads: list[int] | Tensor
+) -> list[tuple[slice, slice, slice]]:
+    """Query heads side by side that read heads side by side in even groups, if samples agree."""
+    if isinstance(k_heads, Tensor) or isinstance(v_heads, Tensor):
+        return []
     pairs = zip(k_heads, v_heads, strict=True)
     groups = [(*pair, len(list(same))) for pair, same in itertools.groupby(pairs)]
     runs, start = [], 0

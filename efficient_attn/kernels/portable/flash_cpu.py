@@ -165,6 +165,8 @@ def _read_heads(x: Tensor, heads: Heads, query: Tensor) -> Tensor:
     long = is_shared and min(query.shape[2], x.shape[2]) >= _LONG
     if isinstance(heads, slice):
         return x[:, heads].contiguous() if long else x[:, heads]
+    if isinstance(heads, Tensor):
+        return x[torch.arange(len(heads)).unsqueeze(1), heads]
     first, count = heads[0], len(heads)
     if heads == [first] * count:
         x = x[:, first : first + 1]
@@ -179,6 +181,9 @@ def _add_heads(total: Tensor, heads: Heads, grad: Tensor) -> None:
     """Add to each head what the query heads that read it gave, in their order."""
     if isinstance(heads, slice):
         total[:, heads] += grad
+    elif isinstance(heads, Tensor):
+        for sample, index in enumerate(heads):
+            total[sample].index_add_(0, index, grad[sample].to(total.dtype))
     else:
         total.index_add_(1, torch.tensor(heads), grad.to(total.dtype))
 

@@ -14,6 +14,12 @@ MAPS = {
     "permuted": HeadMap.from_index([h % 6 for h in range(HEADS)]),
     "keys apart from values": HeadMap.from_index([0] * 6 + [1] * 6, [0, 0, 1, 1, 2, 2] * 2),
     "scattered": HeadMap.from_index([3, 0, 3, 1, 1, 0, 2, 3, 0, 2, 1, 3]),
+    "one row per sample": HeadMap.from_index(
+        torch.arange(HEADS * BATCH).reshape(BATCH, HEADS) % 5 % 3, num_k_heads=3
+    ),
+    "keys per sample, values even": HeadMap(
+        HEADS, 4, 2, (torch.arange(HEADS * BATCH).reshape(BATCH, HEADS) % 7 % 4).int()
+    ),
     "more value heads": HeadMap.diff(HEADS, k=2, v=6),
     "key even, value uneven": HeadMap(HEADS, 2, 2, None, torch.tensor([0] * 5 + [1] * 7).int()),
 }
