@@ -1,4 +1,4 @@
-"""``python -m bench``: list, run, generate, replay, quality, gpu, plot, compare, docs."""
+"""``python -m bench``: list, run, generate, key-driven, replay, quality, gpu, plot, compare."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from bench.compare import changes, differences_of_environment, print_changes
 from bench.environment import describe
 from bench.generate import llama, print_generation, time_generation
 from bench.gpu import RESULTS, run_everything
+from bench.key_driven import SHAPES, print_layers, time_layers
 from bench.measure import clock_for
 from bench.pages import filled
 from bench.plot import draw
@@ -140,6 +141,25 @@ def generate(
         for length in context or (8192, 32768, 131072):
             time_generation(model, length, results.write, tokens=tokens)
     print_generation(read_records(out), console)
+    console.print(f"records: {out}")
+
+
+@app.command("key-driven")
+def key_driven(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seconds: Annotated[float, typer.Option(help="Time for each contender, part and mode.")] = 2.0,
+    out: Output = Path("bench-out/key-driven.jsonl"),
+) -> None:
+    """Time layers with uneven groups: a training step, inference, and the making of the map."""
+    if device == "cuda":
+        _need_cuda()
+    clock = clock_for(device)
+    with ResultsFile(out) as results:
+        results.write({"kind": "environment", **describe(device)})
+        results.write(measure_ceilings(device, clock, ["float32"]))
+        for shape in track(SHAPES, "timing", console=console, transient=True):
+            time_layers(shape, device, clock, results.write, seconds=seconds)
+    print_layers(read_records(out), console)
     console.print(f"records: {out}")
 
 

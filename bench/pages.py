@@ -11,6 +11,7 @@ from pathlib import Path
 
 from bench.environment import ROOT
 from bench.generate import ratio_to_torch
+from bench.key_driven import HEADS, layer_rows
 from bench.quality_report import quality_rows
 from bench.replay import replay_rows
 from bench.report import (
@@ -42,6 +43,7 @@ def markdown(records: list[dict]) -> str:
         _cache_table(records),
         _bytes_table(records),
         _generation_table(records),
+        _table(HEADS, layer_rows(records)),
         _replay_table(records),
     ]
     for heading, (heads, *rows) in quality_rows(records):
