@@ -1,5 +1,32 @@
 """From grouped-query attention to multi-head latent attention: algebra on one layer."""
 
+from efficient_attn.convert.mla.compress import Compressed, compress, lossless_rank
 from efficient_attn.convert.mla.lossless import exact, rorope
+from efficient_attn.convert.mla.moments import LayerMoments, MomentAccumulator, calibrate
+from efficient_attn.convert.mla.options import CompressOptions
+from efficient_attn.convert.mla.rotation import frequency_transforms
+from efficient_attn.convert.mla.sizes import (
+    best_rope_dim,
+    error_curve,
+    rank_beside,
+    shared_table,
+    turning_gains,
+)
 
-__all__ = ["exact", "rorope"]
+__all__ = [
+    "CompressOptions",
+    "Compressed",
+    "LayerMoments",
+    "MomentAccumulator",
+    "best_rope_dim",
+    "calibrate",
+    "compress",
+    "error_curve",
+    "exact",
+    "frequency_transforms",
+    "lossless_rank",
+    "rank_beside",
+    "rorope",
+    "shared_table",
+    "turning_gains",
+]

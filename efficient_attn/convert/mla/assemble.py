@@ -64,8 +64,8 @@ def assemble(weights: GroupedAttentionWeights, maps: LatentMaps) -> LatentAttent
     if weights.query_norm is not None or weights.key_norm is not None:
         source = weights
     else:
-        bias = _bias_of_keys_and_values(weights)
-        if bias is not None:
+        bias = bias_of_keys_and_values(weights)
+        if bias.any():
             rank = len(maps.latent)
             down_bias = down @ bias
             shift = maps.value_up @ down_bias[:rank]
@@ -103,13 +103,13 @@ def head_selectors(weights: GroupedAttentionWeights) -> Tensor:
     return eye[key_heads_of(weights)]
 
 
-def _bias_of_keys_and_values(weights: GroupedAttentionWeights) -> Tensor | None:
-    if weights.key_bias is None and weights.value_bias is None:
-        return None
-    rows = weights.num_kv_heads * weights.head_dim
-    zero = torch.zeros(rows, dtype=torch.float64)
-    given = (weights.key_bias, weights.value_bias)
-    return torch.cat([zero if bias is None else bias.double() for bias in given])
+def bias_of_keys_and_values(weights: GroupedAttentionWeights) -> Tensor:
+    """``(2 g d,)`` biases that are added to all keys and values last; norms leave none on keys."""
+    zero = torch.zeros(len(weights.key), dtype=torch.float64)
+    key = None if weights.key_norm is not None else weights.key_bias
+    return torch.cat(
+        [zero if bias is None else bias.double() for bias in (key, weights.value_bias)]
+    )
 
 
 def _output_bias(weights: GroupedAttentionWeights, value_offset: Tensor | None) -> Tensor | None:
