@@ -25,7 +25,7 @@ from bench.ceilings import measure_ceilings
 from bench.compare import changes, differences_of_environment, print_changes
 from bench.environment import describe
 from bench.generate import llama, print_generation, time_generation
-from bench.gpu import RESULTS, run_everything
+from bench.gpu import RESULTS, list_jobs, run_everything
 from bench.key_driven import SHAPES, print_layers, time_layers
 from bench.measure import clock_for
 from bench.pages import filled
@@ -220,14 +220,23 @@ def gpu(
     suite: Suites = None,
     match: Match = "",
     provider: Chosen = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the stages and why each is skipped; no GPU.")
+    ] = False,
 ) -> None:
     """Do all that needs a GPU, most valuable first, until the time is spent.
 
     Ceilings, the GPU-marked tests, probes of torch's ops, then the suites by rank. Every result is
     written as it comes, so the run may be killed at any moment.
     """
-    _need_cuda()
     workloads = _select("cuda", suite, match, False)
+    if dry_run:
+        table = Table("stage", "likely s", "skipped because")
+        for job in list_jobs(workloads, minutes=minutes, reason="this is a dry run"):
+            table.add_row(job["job"], f"{job['likely_seconds']:.0f}", job["reason"])
+        console.print(table)
+        return
+    _need_cuda()
     records = run_everything(
         out, workloads, _providers(provider), minutes=minutes, say=console.print
     )

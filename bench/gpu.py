@@ -31,6 +31,14 @@ TEST_SECONDS, TEST_SHARE = 30.0, 0.4
 SECONDS_PER_PROVIDER = 0.3
 # A workload costs its set-up, and about this many calls at this rate over all providers.
 SETUP_SECONDS, CALLS, FLOPS_PER_SECOND, BYTES_PER_SECOND = 6.0, 50, 3e14, 5e11
+_FIRST_STAGES = (
+    ("environment", 0.0),
+    ("ceilings", 0.0),
+    ("gather bandwidth", 0.0),
+    ("tests", TEST_SECONDS),
+    ("substituted log-sum-exp", 0.0),
+)
+_LAST_STAGE = ("clocks", 0.0)
 # Kept back for the figures.
 RESERVE_SECONDS = 10.0
 
@@ -81,6 +89,20 @@ def run_jobs(
             record |= {"status": "failed", "reason": reason}
             say(f"              failed: {reason}")
         write(record | {"seconds": now() - begun})
+
+
+def list_jobs(workloads: list[Workload], *, minutes: float, reason: str) -> list[dict]:
+    """The stages of a run in their order, none of them run, and which would fit into its time."""
+    left = 60 * minutes - RESERVE_SECONDS
+    stages = [(name, seconds) for name, seconds in _FIRST_STAGES]
+    stages += [(w.name, estimate(w)) for w in sorted(workloads, key=lambda w: w.rank)]
+    listed = []
+    for name, seconds in [*stages, _LAST_STAGE]:
+        record = {"kind": "job", "job": name, "status": "skipped", "likely_seconds": seconds}
+        record["reason"] = reason if seconds <= left else f"{left:.0f} s would be left; {reason}"
+        left -= seconds if seconds <= left else 0.0
+        listed.append(record)
+    return listed
 
 
 def estimate(workload: Workload) -> float:
@@ -134,14 +156,14 @@ def run_everything(
 
             return Job(workload.name, likely, run)
 
+        def last_clocks(left: float) -> None:
+            results.write({"kind": "clocks", "clocks": clocks()})
+
+        steps = (environment, ceilings, gather, tests, substituted_lse)
         jobs = [
-            Job("environment", 0.0, environment),
-            Job("ceilings", 0.0, ceilings),
-            Job("gather bandwidth", 0.0, gather),
-            Job("tests", TEST_SECONDS, tests),
-            Job("substituted log-sum-exp", 0.0, substituted_lse),
+            *(Job(*stage, step) for stage, step in zip(_FIRST_STAGES, steps, strict=True)),
             *map(job_of, ranked),
-            Job("clocks", 0.0, lambda left: results.write({"kind": "clocks", "clocks": clocks()})),
+            Job(*_LAST_STAGE, last_clocks),
         ]
         run_jobs(jobs, results.write, seconds=60 * minutes - RESERVE_SECONDS, say=say)
     records = read_records(path)

@@ -1,7 +1,8 @@
 """Tables of documentation, made from the results that they quote.
 
 A page holds ``<!-- table: PATH -->`` and ``<!-- end of table -->``; what is between them is
-replaced by the tables of the results file at that path, relative to the checkout.
+replaced by the tables of the results file at that path, relative to the checkout. Behind
+``<!-- goals -->`` stands the table of goals, measured by all files of results.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from bench.environment import ROOT
 from bench.generate import ratio_to_torch
+from bench.goals import devices, goal_rows, timings
 from bench.key_driven import HEADS, layer_rows
 from bench.quality_report import quality_rows
 from bench.replay import replay_rows
@@ -24,6 +26,7 @@ from bench.report import (
 )
 
 TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+GOALS_TABLE = re.compile(r"(<!-- goals -->\n).*?(<!-- end of goals -->)", re.DOTALL)
 
 
 def filled(page: str, root: Path = ROOT) -> str:
@@ -32,7 +35,13 @@ def filled(page: str, root: Path = ROOT) -> str:
     def made(match: re.Match) -> str:
         return f"{match[1]}\n{markdown(read_records(root / match[2]))}\n\n{match[3]}"
 
-    return TABLE.sub(made, page)
+    def goals(match: re.Match) -> str:
+        paths = sorted((root / "bench" / "results").rglob("*.jsonl"))
+        files = [records for path in paths if timings(records := read_records(path))]
+        heads, *rows = goal_rows(files)
+        return f"{match[1]}\n{devices(files)}.\n\n{_table(heads, rows)}\n\n{match[2]}"
+
+    return GOALS_TABLE.sub(goals, TABLE.sub(made, page))
 
 
 def markdown(records: list[dict]) -> str:

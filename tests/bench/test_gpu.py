@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import bench.ceilings
-from bench.gpu import RESULTS, Job, estimate, run_everything, run_jobs, run_tests
+from bench.gpu import RESULTS, Job, estimate, list_jobs, run_everything, run_jobs, run_tests
 from bench.report import read_records
 from bench.substituted_lse import OPS, Part, probe
 from bench.suites import SUITES, select
@@ -139,3 +139,14 @@ def test_gather_kernel():
     target = torch.empty_like(source)
     gather_rows(source, index, target)
     assert torch.equal(target, source[index.long()])
+
+
+def test_a_dry_run_lists_every_stage_with_the_reason_it_is_skipped():
+    workloads = select(device="cuda")
+    listed = list_jobs(workloads, minutes=9, reason="there is no GPU")
+    names = [record["job"] for record in listed]
+    assert names[:4] == ["environment", "ceilings", "gather bandwidth", "tests"]
+    assert names[-1] == "clocks" and {w.name for w in workloads} <= set(names)
+    assert all(r["status"] == "skipped" and "there is no GPU" in r["reason"] for r in listed)
+    fitting = sum(r["likely_seconds"] for r in listed if "would be left" not in r["reason"])
+    assert 0 < fitting <= 9 * 60
