@@ -60,37 +60,27 @@ template <typename Value>
 void pack_queries(const DecodePart<Value>& part) {
   auto* packed = reinterpret_cast<Packed<Value>*>(part.packed_queries);
   for (int64_t r = 0; r < part.rows; ++r, packed += part.query_step) {
-    for (int64_t d = 0; d < part.query_step; ++d) packed[d] = Packed<Value>{};
-    int64_t d = 0;
+    const int64_t dim = part.key.dim;
+    std::memset(packed + dim, 0, (part.query_step - dim) * sizeof(*packed));
     if constexpr (std::is_same_v<Packed<Value>, Value>) {
-      for (; d < part.key.dim; ++d) packed[d] = part.queries[r][d];
+      std::memcpy(packed, part.queries[r], dim * sizeof(*packed));
     } else {
-      for (; d + lanes<float> <= part.key.dim; d += lanes<float>) {
+      int64_t d = 0;
+      for (; d + lanes<float> <= dim; d += lanes<float>) {
         store(packed + d, load(part.queries[r] + d));
       }
-      if (d < part.key.dim) {
-        store(packed + d, load_some(part.queries[r] + d, part.key.dim - d));
-      }
+      if (d < dim) store(packed + d, load_some(part.queries[r] + d, dim - d));
     }
   }
 }
 
-// Scores of the rows [first, first + count), which read one key head.
+// Scores of the rows from `first` on, with four tokens from `t` on.
 template <int kRows, typename Value>
-void score_rows(
-    const DecodePart<Value>& part, const HeadRows<Value>& keys, int64_t count, int64_t first,
-    const RowsAhead<Value>& ahead) {
+EA_HOST_DEVICE void score_rows(
+    const DecodePart<Value>& part, const Value* const (&keys)[4], int64_t first, int64_t t) {
   const auto* queries = reinterpret_cast<const Packed<Value>*>(part.packed_queries);
-  for (int64_t t = 0; t < count; t += 4) {
-    const Value* key[4];
-    for (int64_t i = 0; i < 4; ++i) ahead.fetch(t + i, 0, ahead.dim);
-    // Past the last token, its own row stands in; what comes of that is masked.
-    for (int64_t i = 0; i < 4; ++i) {
-      key[i] = keys.base + keys.offsets[t + i < count ? t + i : count - 1];
-    }
-    score_tile<kRows, Value>(queries + first * part.query_step, part.query_step, key,
-                             part.key.dim, part.scores + first * kDecodeBlock + t, kDecodeBlock);
-  }
+  score_tile<kRows, Value>(queries + first * part.query_step, part.query_step, keys, part.key.dim,
+                           part.scores + first * kDecodeBlock + t, kDecodeBlock);
 }
 
 // The scores of one row become weights relative to the largest score so far, and `fade` is what
@@ -126,9 +116,12 @@ void soften_row(const DecodePart<Value>& part, int64_t row, int64_t from, int64_
     sum += scores[i];
     Dot<Value>::pack(weights + i * step, scores[i]);
   }
-  Vec change = {};
-  change[0] = before - shift;
-  const Real fade = exp_nonpositive(change)[0];
+  Real fade = 1;
+  if (max != before) {
+    Vec change = {};
+    change[0] = before - shift;
+    fade = exp_nonpositive(change)[0];
+  }
   part.max[row] = max;
   part.fade[row] = fade;
   part.sum[row] = part.sum[row] * fade + lane_sum(sum);
@@ -153,6 +146,8 @@ void weigh_rows(
     tile.fetch_to = rest > wide * lanes<Real> ? tile.fetch_from + wide * lanes<Real> : ahead.dim;
     if (rest >= wide * lanes<Real>) {
       weigh_tile<kRows, wide>(tile, columns = wide * lanes<Real>);
+    } else if (wide == 8 && rest >= 4 * lanes<Real>) {
+      weigh_tile<kRows, 4>(tile, columns = 4 * lanes<Real>);
     } else if (rest >= narrow * lanes<Real>) {
       weigh_tile<kRows, narrow>(tile, columns = narrow * lanes<Real>);
     } else {
@@ -164,23 +159,36 @@ void weigh_rows(
   }
 }
 
-// The first tile of a head asks for the rows ahead.
+// Scores of the rows that read one key head. Four keys at a time meet all of the rows, so that many
+// rows do not send the keys through the first-level cache again and again.
 template <typename Value>
 void score_keys(
     const DecodePart<Value>& part, const HeadRows<Value>& keys, int64_t count,
-    const HeadReaders& readers, RowsAhead<Value> ahead) {
+    const HeadReaders& readers, const RowsAhead<Value>& ahead) {
   constexpr int most = tile_rows<Value>;
-  int64_t row = readers.first, end = readers.first + readers.count;
-  for (; row + most <= end; row += most, ahead.count = 0) {
-    score_rows<most>(part, keys, count, row, ahead);
+  const int64_t end = readers.first + readers.count, tiles = (readers.count + most - 1) / most;
+  for (int64_t t = 0; t < count; t += 4) {
+    const Value* key[4];
+    // Past the last token, its own row stands in; what comes of that is masked.
+    for (int64_t i = 0; i < 4; ++i) {
+      key[i] = keys.base + keys.offsets[t + i < count ? t + i : count - 1];
+    }
+    int64_t asked = 0;
+    for (int64_t row = readers.first, tile = 1; row < end; row += most, ++tile) {
+      // Spread over the tiles: many requests at once would hold up the products.
+      for (; asked * tiles < 4 * tile; ++asked) ahead.fetch(t + asked, 0, ahead.dim);
+      const int64_t rows = end - row;
+      if (rows >= most) score_rows<most>(part, key, row, t);
+      if (rows == 1) score_rows<1>(part, key, row, t);
+      if constexpr (most > 2) {
+        if (rows == 2) score_rows<2>(part, key, row, t);
+        if (rows == 3) score_rows<3>(part, key, row, t);
+      }
+    }
   }
-  if constexpr (most > 2) {
-    if (end - row == 3) score_rows<3>(part, keys, count, row, ahead);
-    if (end - row == 2) score_rows<2>(part, keys, count, row, ahead);
-  }
-  if (end - row == 1) score_rows<1>(part, keys, count, row, ahead);
 }
 
+// The first tile of a head asks for the rows ahead.
 template <typename Value>
 void weigh_values(
     const DecodePart<Value>& part, const HeadRows<Value>& values, int64_t count,
@@ -223,8 +231,8 @@ void decode_part(const DecodePart<Value>& part) {
   for (int64_t r = 0; r < part.rows; ++r) {
     part.max[r] = Real(-INFINITY);
     part.sum[r] = 0;
-    for (int64_t d = 0; d < part.weighted_step; ++d) part.weighted[r * part.weighted_step + d] = 0;
   }
+  std::memset(part.weighted, 0, part.rows * part.weighted_step * sizeof(Real));
   const bool values_in_keys = part.value.data == part.key.data;
   CacheBlock<Value> keys, values, next_keys;
   next_keys.locate(part.key, part.begin, part.end);
@@ -237,7 +245,7 @@ void decode_part(const DecodePart<Value>& part) {
     for (int64_t k = 0; k < part.num_key_heads; ++k) {
       const RowsAhead<Value> ahead =
           k + 1 < part.num_key_heads ? rows_ahead(part.key, keys, part.key_heads[k + 1].head)
-          : values_in_keys           ? RowsAhead<Value>{}
+          : values_in_keys           ? rows_ahead(part.key, next_keys, part.key_heads[0].head)
                                      : rows_ahead(part.value, values, part.value_heads[0].head);
       const HeadRows<Value> rows(part.key, keys, part.key_heads[k].head, part.gathered);
       score_keys(part, rows, count, part.key_heads[k], ahead);
@@ -251,7 +259,8 @@ void decode_part(const DecodePart<Value>& part) {
       const RowsAhead<Value> ahead =
           v + 1 < part.num_value_heads
               ? rows_ahead(part.value, values, part.value_heads[v + 1].head)
-              : rows_ahead(part.key, next_keys, part.key_heads[0].head);
+          : values_in_keys ? RowsAhead<Value>{}
+                           : rows_ahead(part.key, next_keys, part.key_heads[0].head);
       const HeadRows<Value> rows(part.value, values, part.value_heads[v].head, part.gathered);
       weigh_values(part, rows, count, part.value_heads[v], ahead);
     }

@@ -55,19 +55,21 @@ EA_HOST_DEVICE void score_tile(
     const typename Dot<Value>::Packed* queries, int64_t query_step, const Value* const (&keys)[4],
     int64_t dim, RealOf<Value>* scores, int64_t score_step) {
   using D = Dot<Value>;
+  // Every loop over these is unrolled, or they would have to leave their registers.
   VectorOf<Value> sums[kRows][4] = {};
   int64_t at = 0;
   for (; at + D::step <= dim; at += D::step) {
     const decltype(D::vector(keys[0])) key[4] = {
         D::vector(keys[0] + at), D::vector(keys[1] + at), D::vector(keys[2] + at),
         D::vector(keys[3] + at)};
+    EA_PRAGMA(GCC unroll 4)
     for (int r = 0; r < kRows; ++r) {
       const auto query = D::vector(queries + r * query_step + at);
+      EA_PRAGMA(GCC unroll 4)
       for (int t = 0; t < 4; ++t) sums[r][t] = D::add_product(sums[r][t], query, key[t]);
     }
   }
   if (at < dim) {
-    // Unrolled, or the sums would have to leave their registers.
     EA_PRAGMA(GCC unroll 4)
     for (int t = 0; t < 4; ++t) {
       const auto key = D::some(keys[t] + at, dim - at);
@@ -77,6 +79,13 @@ EA_HOST_DEVICE void score_tile(
       }
     }
   }
+#if EA_VECTOR_BYTES == 64
+  if constexpr (kRows == 4 && std::is_same_v<RealOf<Value>, float>) {
+    sum_lanes_of_16(sums, scores, score_step);
+    return;
+  }
+#endif
+  EA_PRAGMA(GCC unroll 4)
   for (int r = 0; r < kRows; ++r) sum_lanes_of_4(sums[r], scores + r * score_step);
 }
 

@@ -96,3 +96,34 @@ EA_HOST_DEVICE float lane_max(F32 v) {
   return a > b ? a : b;
 }
 #endif
+
+#if EA_VECTOR_BYTES == 64
+// One sum of two lanes each from a and from b, taken by turns.
+EA_HOST_DEVICE F32 lane_pair_sums(F32 a, F32 b) {
+  return _mm512_maskz_unpacklo_ps(0xffff, a, b) + _mm512_maskz_unpackhi_ps(0xffff, a, b);
+}
+
+// The same of the quarters of a vector.
+EA_HOST_DEVICE F32 quarter_pair_sums(F32 a, F32 b) {
+  return _mm512_maskz_shuffle_f32x4(0xffff, a, b, 0x88) +
+         _mm512_maskz_shuffle_f32x4(0xffff, a, b, 0xdd);
+}
+
+// sums[r * step + i] = the sum over the lanes of v[r][i].
+EA_HOST_DEVICE void sum_lanes_of_16(const F32 (&v)[4][4], float* sums, int64_t step) {
+  F32 fours[4];
+  EA_PRAGMA(GCC unroll 4)
+  for (int r = 0; r < 4; ++r) {
+    const __m512d a = (__m512d)lane_pair_sums(v[r][0], v[r][1]);
+    const __m512d b = (__m512d)lane_pair_sums(v[r][2], v[r][3]);
+    fours[r] = (F32)_mm512_maskz_unpacklo_pd(0xff, a, b) +
+               (F32)_mm512_maskz_unpackhi_pd(0xff, a, b);
+  }
+  const F32 all = quarter_pair_sums(quarter_pair_sums(fours[0], fours[1]),
+                                    quarter_pair_sums(fours[2], fours[3]));
+  _mm_storeu_ps(sums, _mm512_maskz_extractf32x4_ps(0xf, all, 0));
+  _mm_storeu_ps(sums + step, _mm512_maskz_extractf32x4_ps(0xf, all, 1));
+  _mm_storeu_ps(sums + 2 * step, _mm512_maskz_extractf32x4_ps(0xf, all, 2));
+  _mm_storeu_ps(sums + 3 * step, _mm512_maskz_extractf32x4_ps(0xf, all, 3));
+}
+#endif
