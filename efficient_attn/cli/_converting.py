@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,9 @@ def carry_out(
     text, text_tokens, max_kl, max_ppl_ratio = bounds
     if text is None and (max_kl is not None or max_ppl_ratio is not None):
         fail("--max-kl and --max-ppl-ratio are measured on a text: pass --text FILE.")
+    calib = options.get("calib")
+    if text is not None and calib is not None and _same(text, calib):
+        fail("--text is the text of --calib; measure on one that nothing was fitted to.")
     from efficient_attn.convert import convert
 
     with errors_in_one_line():
@@ -46,6 +50,10 @@ def carry_out(
     write_report(report, found, verification)
     if verification is not None:
         hold_to_bounds(verification, max_kl, max_ppl_ratio)
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False)
 
 
 def verified(src: Path, dst: Path, text: Path, tokens: int) -> Verification:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from efficient_attn.cli._converting import carry_out
+from efficient_attn.cli._converting import carry_out, errors_in_one_line
 
 app = typer.Typer(help="Convert the attention of a checkpoint.", no_args_is_help=True)
 
@@ -49,6 +50,22 @@ def mla(
     ] = None,
     kv_lora_rank: Annotated[int | None, typer.Option(help="Cached numbers of the latent.")] = None,
     rope_dim: Annotated[int | None, typer.Option(help="Cached numbers of the rotary key.")] = None,
+    calib: Annotated[
+        Path | None, typer.Option(help="A text to fit compress to; keep it apart from --text.")
+    ] = None,
+    calib_tokens: Annotated[int, typer.Option(help="Tokens of it to use.", min=2)] = 65536,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="The choices of TransMLA, for comparison.")
+    ] = False,
+    fold: Annotated[
+        int, typer.Option(help="Neighbouring frequencies taken for one (FreqFold).", min=1)
+    ] = 1,
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="Fit each layer behind converted ones.")
+    ] = False,
+    weigh_tokens: Annotated[
+        bool, typer.Option("--weigh-tokens", help="Weigh tokens of the text by their loss.")
+    ] = False,
     allow_larger_cache: Annotated[
         bool, typer.Option("--allow-larger-cache", help="Convert although the cache would grow.")
     ] = False,
@@ -62,6 +79,11 @@ def mla(
     max_ppl_ratio: MaxPplRatio = None,
 ) -> None:
     """To multi-head latent attention (MLA)."""
+    with errors_in_one_line():
+        from efficient_attn.convert.mla import CompressOptions
+
+        choices = CompressOptions.paper(fold=fold) if paper else CompressOptions(fold=fold)
+        choices = replace(choices, sequential=sequential, weigh_tokens=weigh_tokens)
     carry_out(
         src,
         dst,
@@ -74,6 +96,9 @@ def mla(
             "kv_ratio": kv_ratio,
             "kv_lora_rank": kv_lora_rank,
             "rope_dim": rope_dim,
+            "calib": calib,
+            "calib_tokens": calib_tokens,
+            "choices": choices,
             "allow_larger_cache": allow_larger_cache,
         },
         report,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,25 +29,37 @@ class MlaSizes:
     v_head_dim: int
 
 
+class Layers(Protocol):
+    """What is common to all converted layers of a model.
+
+    Attributes:
+        sizes: Their widths.
+        table: ``(d_r / 2,)``, their rotary table, as far as they have one in common.
+        output_bias: Whether they may have a bias on the output.
+    """
+
+    sizes: MlaSizes
+    table: Tensor
+    output_bias: bool
+
+
 class NativeTarget:
     """The source's model with layers of this package in it; takes every source.
 
     Args:
         source: What is converted.
-        sizes: Of the converted layers.
+        layers: What it is converted to.
         dtype: Of the output.
-        frequencies: ``(d_r / 2,)``, the rotary table of all layers.
     """
 
     name = "native"
+    one_table = False
 
-    def __init__(
-        self, source: Source, sizes: MlaSizes, dtype: torch.dtype, frequencies: Tensor
-    ) -> None:
+    def __init__(self, source: Source, layers: Layers, dtype: torch.dtype) -> None:
         self.source = source
-        self.sizes = sizes
+        self.layers = layers
+        self.sizes = layers.sizes
         self.dtype = dtype
-        self.frequencies = frequencies
 
     def reasons_to_refuse(self) -> list[str]:
         """Why the source cannot be written for this target: every reason."""
@@ -116,7 +129,7 @@ class NativeTarget:
         count = heads * (sizes.qk_nope_head_dim + sizes.v_head_dim) * sizes.kv_lora_rank
         count += width * heads * sizes.v_head_dim + sizes.qk_rope_head_dim // 2
         of_query, *of_keys_and_values, of_output = self.source.family.biases(config)
-        count += width * (of_output or of_keys_and_values[1])
+        count += width * self.layers.output_bias
         if self.source.family.query_norm is None:
             return count + queries * (width + of_query) + rows * (width + any(of_keys_and_values))
         # The projections and norms of the source stay, and feed the new ones.
@@ -136,18 +149,18 @@ class DeepseekTarget(NativeTarget):
 
     name = "hf-deepseek"
 
-    def __init__(
-        self, source: Source, sizes: MlaSizes, dtype: torch.dtype, frequencies: Tensor
-    ) -> None:
-        super().__init__(source, sizes, dtype, frequencies)
+    one_table = True
+
+    def __init__(self, source: Source, layers: Layers, dtype: torch.dtype) -> None:
+        super().__init__(source, layers, dtype)
         biases = source.family.biases(source.config)
         self.format = DeepseekFormat(
             hidden_size=source.config["hidden_size"],
             norm_eps=source.config["rms_norm_eps"],
             dtype=dtype,
-            frequencies=frequencies,
+            frequencies=layers.table,
             query_bias=biases[0],
-            bias=any(biases),
+            bias=any(biases) or layers.output_bias,
         )
 
     def reasons_to_refuse(self) -> list[str]:
@@ -240,7 +253,7 @@ class EngineTarget(DeepseekTarget):
         reasons, config, sizes = super().reasons_to_refuse(), self.source.config, self.sizes
         if self.format.bias:
             reasons.append("it has biases in attention, which engines drop without a word")
-        if not is_plain_table(self.frequencies, self.source.rope["rope_theta"]):
+        if not is_plain_table(self.layers.table, self.source.rope["rope_theta"]):
             reasons.append(
                 "its rotary table is not the plain one of its base, and engines take any scaling "
                 "for yarn"
@@ -259,4 +272,3 @@ class EngineTarget(DeepseekTarget):
 TARGETS: dict[str, type[NativeTarget]] = {
     target.name: target for target in (NativeTarget, DeepseekTarget, EngineTarget)
 }
-Target = NativeTarget

@@ -99,9 +99,7 @@ def run(
     Raises:
         ConversionError: The destination cannot be used, the disk is full, or a weight is of no use.
     """
-    folder = source.checkpoint.folder.resolve()
-    if destination.resolve() == folder or folder in destination.resolve().parents:
-        raise ConversionError(f"{destination} is the source or lies in it; choose another folder.")
+    check_apart(source, destination)
     identity = {
         "efficient_attn": _version(),
         "source": source.checkpoint.digest,
@@ -123,12 +121,19 @@ def run(
         if not staged.is_done(name):
             staged.write(name, *compute())
     report = ConversionReport.of(source, conversion, identity, staged.notes, staged.digests)
-    files = dict(_copied(folder))
+    files = dict(_copied(source.checkpoint.folder))
     files["config.json"] = as_json(conversion.config(staged.notes))
     files[REPORT] = as_json(report.as_dict())
     files[REPORT.replace(".json", ".md")] = report.markdown().encode()
     staged.finish(files)
     return report
+
+
+def check_apart(source: Source, destination: Path) -> None:
+    """Raise a ConversionError if a destination is the source, or lies in it."""
+    folder = source.checkpoint.folder.resolve()
+    if destination.resolve() == folder or folder in destination.resolve().parents:
+        raise ConversionError(f"{destination} is the source or lies in it; choose another folder.")
 
 
 def _version() -> str:

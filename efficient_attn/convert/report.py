@@ -72,7 +72,7 @@ class ConversionReport:
 
     def markdown(self) -> str:
         """For people."""
-        decisions = {"method": self.identity["method"], **self.identity["decisions"]}
+        decisions = {"method": self.identity["method"], **flat(self.identity["decisions"])}
         told = [(name, value) for name, value in decisions.items() if value is not None]
         lines = ["# Conversion", "", *table(("", ""), told), ""]
         lines += table(
@@ -96,6 +96,15 @@ class ConversionReport:
             rows = [[_short(layer.get(name, "")) for name in names] for layer in self.layers]
             lines += ["", "## Layers", "", *table(names, rows)]
         return "\n".join(lines) + "\n"
+
+
+def flat(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Nested entries under dotted names."""
+    found: dict[str, object] = {}
+    for name, value in tree.items():
+        nested = isinstance(value, Mapping)
+        found |= flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return found
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:

@@ -114,11 +114,21 @@ class Source:
         Raises:
             ConversionError: A weight is not finite.
         """
-        prefix, family, config = self.family.layers.format(layer), self.family, self.config
         tensors = self.checkpoint.read(self.attention_names(layer))
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor.sum(dtype=torch.float64)):
                 raise ConversionError(f"{name} holds numbers that are not finite.")
+        return self._weights(layer, tensors)
+
+    def outline(self, layer: int) -> GroupedAttentionWeights:
+        """The attention of a layer, its tensors having shapes only; nothing is read."""
+        names = self.attention_names(layer)
+        shapes = {name: self.checkpoint.tensors[name].shape for name in names}
+        empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        return self._weights(layer, empty)
+
+    def _weights(self, layer: int, tensors: Mapping[str, Tensor]) -> GroupedAttentionWeights:
+        prefix, family, config = self.family.layers.format(layer), self.family, self.config
 
         def get(name: str | None, kind: str = "weight") -> Tensor | None:
             return tensors.get(f"{prefix}{name}.{kind}")

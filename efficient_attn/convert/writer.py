@@ -21,6 +21,7 @@ from torch import Tensor
 
 from efficient_attn.convert.checkpoint import INDEX, MAX_CONFIG_BYTES, file_digest
 from efficient_attn.convert.header import parse_json, read_bounded
+from efficient_attn.convert.report import flat
 from efficient_attn.errors import ConversionError
 
 STATE = "state.json"
@@ -56,11 +57,11 @@ class StagedCheckpoint:
     ) -> None:
         self.destination = destination.absolute()
         self.parts = tuple(parts)
-        self._staging = self.destination.with_name(f".{destination.name}.converting")
+        self._staging = staging_of(self.destination)
         self._model = self._staging / "model"
         self._done: dict[str, dict] = {}
         identity = json.loads(json.dumps(identity))
-        self._refuse_destination(force)
+        check_destination(self.destination, resume=resume, force=force)
         if self._staging.exists():
             self._take_up(identity, resume, force)
         with self._one_clear_error():
@@ -113,7 +114,8 @@ class StagedCheckpoint:
                 "sha256": file_digest(partial),
                 "bytes": sum(tensor.nbytes for tensor in tensors.values()),
                 "tensors": list(tensors),
-                "notes": dict(notes or {}),
+                # As they come back from state.json, so that a resumed run tells the same.
+                "notes": json.loads(as_json(dict(notes or {}))),
             }
             partial.rename(self._model / name)
             self._save_state()
@@ -147,33 +149,15 @@ class StagedCheckpoint:
                 raise
             shutil.rmtree(self._staging)
 
-    def _refuse_destination(self, force: bool) -> None:
-        there = self.destination
-        if there.is_symlink() or (there.exists() and not there.is_dir()):
-            raise ConversionError(f"{there} exists and is not a folder; choose another name.")
-        if not there.exists() or not any(there.iterdir()):
-            return
-        if not force:
-            raise ConversionError(f"{there} is not empty; choose another folder, or pass force.")
-        if not (there / "config.json").exists():
-            raise ConversionError(
-                f"{there} holds something that is not a checkpoint, which force does not replace."
-            )
-
     def _take_up(self, identity: dict, resume: bool, force: bool) -> None:
         """Load the state of an unfinished conversion, or clear it away."""
         if not resume:
-            if not force:
-                raise ConversionError(
-                    f"an unfinished conversion lies in {self._staging}; pass resume to go on with "
-                    "it, or force to start again."
-                )
             shutil.rmtree(self._staging)
             return
         if not (self._staging / STATE).exists():
             return  # killed before the first state was written
         state = parse_json(read_bounded(self._staging / STATE, MAX_CONFIG_BYTES), STATE)
-        before = state["identity"]
+        before, identity = flat(state["identity"]), flat(identity)
         changed = sorted(k for k in {*before, *identity} if before.get(k) != identity.get(k))
         if changed:
             told = "; ".join(
@@ -205,6 +189,34 @@ class StagedCheckpoint:
                 f"Nothing was changed there; what is finished lies in {self._staging}, and resume "
                 "goes on with it."
             ) from error
+
+
+def staging_of(destination: Path) -> Path:
+    """Where a checkpoint is written before it takes its place."""
+    return destination.with_name(f".{destination.name}.converting")
+
+
+def check_destination(destination: Path, *, resume: bool, force: bool) -> None:
+    """Raise a ConversionError unless a folder can be filled: missing, empty, or to be replaced.
+
+    What is left of an earlier conversion must be resumed, or replaced too.
+    """
+    destination = destination.absolute()
+    if staging_of(destination).exists() and not resume and not force:
+        raise ConversionError(
+            f"an unfinished conversion lies in {staging_of(destination)}; pass resume to go on "
+            "with it, or force to start again."
+        )
+    if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
+        raise ConversionError(f"{destination} exists and is not a folder; choose another name.")
+    if not destination.exists() or not any(destination.iterdir()):
+        return
+    if not force:
+        raise ConversionError(f"{destination} is not empty; choose another folder, or pass force.")
+    if not (destination / "config.json").exists():
+        raise ConversionError(
+            f"{destination} holds something that is no checkpoint, which force does not replace."
+        )
 
 
 def as_json(value: object) -> bytes:

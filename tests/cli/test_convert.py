@@ -126,3 +126,24 @@ def test_bad_texts_end_in_one_line(source, tmp_path):
         assert word in run("verify", source, out, "--text", tmp_path / f"{name}.txt", code=2)
     (source / "tokenizer.json").write_text("{}")
     assert "tokenizer" in run("verify", source, out, "--text", tmp_path / "short.txt", code=2)
+
+
+def test_compress_is_fitted_to_one_text_and_measured_on_another(source, made, tmp_path):
+    calib, text = made.parent / "text.txt", tmp_path / "other.txt"
+    text.write_text("n m l k a b c d " * 100)
+    options = ["--mode", "compress", "--kv-ratio", 0.5, "--calib", calib, "--calib-tokens", 128]
+    for choices in ([], ["--paper", "--fold", 2], ["--sequential", "--weigh-tokens"]):
+        sizes = ["--kv-lora-rank", 8, "--rope-dim", 4] if "--paper" in choices else []
+        own = [o for o in options if not sizes or o not in ("--kv-ratio", 0.5)]
+        out = tmp_path / f"out{len(choices)}"
+        verified = ["--text", text, "--text-tokens", 128]
+        shown = run("convert", "mla", source, out, *own, *sizes, *choices, *verified)
+        assert "output_error" in shown and "perplexity ratio" in shown
+    out = tmp_path / "out"
+    assert "nothing was fitted" in run(
+        "convert", "mla", source, out, *options, "--text", calib, code=2
+    )
+    options[-1] = 10**6
+    assert "asked for" in run("convert", "mla", source, out, *options, code=2)
+    assert "dry" not in run("convert", "mla", source, out, *options, "--dry-run")
+    assert not out.exists()

@@ -162,7 +162,7 @@ def test_source_and_destination_are_two_places(copied, tmp_path):
     link = tmp_path / "link"
     link.symlink_to(copied)
     for place in (copied, copied / "inside", tmp_path / "x" / ".." / "source", link):
-        with pytest.raises(ConversionError, match="the source"):
+        with pytest.raises(ConversionError, match="is the source"):
             convert(copied, place, force=True)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()

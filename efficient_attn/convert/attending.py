@@ -1,0 +1,101 @@
+"""Attention computed straight from the weights of one layer, before and after its conversion.
+
+For calibration and for measuring what a conversion changed: one sequence at a time, in the dtype of
+the input, in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+from efficient_attn.convert.attention_weights import (
+    GroupedAttentionWeights,
+    LatentAttentionWeights,
+)
+from efficient_attn.convert.mla.moments import heads_of, turned
+
+
+def in_fp32(
+    weights: GroupedAttentionWeights | LatentAttentionWeights,
+) -> GroupedAttentionWeights | LatentAttentionWeights:
+    """The same layer with matrices, biases and norms in fp32."""
+    changes = {}
+    for field in dataclasses.fields(weights):
+        value = getattr(weights, field.name)
+        if isinstance(value, GroupedAttentionWeights):
+            changes[field.name] = in_fp32(value)
+        elif isinstance(value, Tensor) and field.name != "inverse_frequencies":
+            changes[field.name] = value.float()
+    return dataclasses.replace(weights, **changes)
+
+
+def grouped_attention(weights: GroupedAttentionWeights, x: Tensor) -> Tensor:
+    """Causal attention of one sequence ``(N, D)``, through the output projection.
+
+    The order of operations is that of the models: projections, norms on heads, rotation, softmax.
+    """
+    query, key, value = (
+        heads_of(weights, x, name).transpose(0, 1) for name in ("query", "key", "value")
+    )
+    query, key = turned(query, weights), turned(key, weights)
+    out = _attended(weights, query, key, value, enable_gqa=True)
+    return F.linear(out, weights.output.to(x.dtype), _bias(weights.output_bias, x))
+
+
+def latent_attention(weights: LatentAttentionWeights, x: Tensor) -> Tensor:
+    """The same of a converted layer, its latent expanded to heads."""
+    heads, nope, rope = weights.num_heads, weights.qk_nope_head_dim, weights.qk_rope_head_dim
+    if weights.source is None:
+        query = F.linear(x, weights.query.to(x.dtype), _bias(weights.query_bias, x))
+        query = rearrange(query, "n (h d) -> h n d", h=heads)
+        features = x
+    else:
+        query, key, value = (heads_of(weights.source, x, n) for n in ("query", "key", "value"))
+        query = query.transpose(0, 1) @ weights.query.to(x.dtype).mT
+        features = torch.cat((key.flatten(1), value.flatten(1)), -1)
+    rows = F.linear(features, weights.latent_down.to(x.dtype), _bias(weights.latent_down_bias, x))
+    latent, key_rope = rows.split((weights.kv_lora_rank, rope), -1)
+    expanded = rearrange(latent @ weights.latent_up.to(x.dtype).mT, "n (h d) -> h n d", h=heads)
+    key, value = expanded.split((nope, weights.v_head_dim), -1)
+    query, query_rope = query.split((nope, rope), -1)
+    key_rope = _turned_neighbours(key_rope[None], weights).expand(heads, -1, -1)
+    query = torch.cat((query, _turned_neighbours(query_rope, weights)), -1)
+    out = _attended(weights, query, torch.cat((key, key_rope), -1), value)
+    return F.linear(out, weights.output.to(x.dtype), _bias(weights.output_bias, x))
+
+
+def _attended(
+    weights: GroupedAttentionWeights | LatentAttentionWeights,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    **options: bool,
+) -> Tensor:
+    """Heads side by side, ``(N, H d)``."""
+    tokens = query.shape[1]
+    order: dict[str, object] = {"is_causal": True}
+    if weights.window is not None and weights.window < tokens:
+        distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
+        order = {"attn_mask": (distance >= 0) & (distance < weights.window)}
+    heads = (query[None], key[None], value[None])
+    out = F.scaled_dot_product_attention(*heads, scale=weights.scale, **order, **options)[0]
+    return rearrange(out, "h n d -> n (h d)")
+
+
+def _turned_neighbours(x: Tensor, weights: LatentAttentionWeights) -> Tensor:
+    """``(heads, N, d_r)`` turned by their positions, pairs being neighbours."""
+    positions = torch.arange(x.shape[1], dtype=torch.float64)
+    angle = positions[:, None] * weights.inverse_frequencies.double()
+    cos, sin = (part.to(x.dtype) * weights.rotary_scale for part in (angle.cos(), angle.sin()))
+    first, second = x[..., 0::2], x[..., 1::2]
+    pair = (first * cos - second * sin, first * sin + second * cos)
+    return torch.stack(pair, -1).flatten(-2)
+
+
+def _bias(bias: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if bias is None else bias.to(x.dtype)
