@@ -34,6 +34,11 @@ STABLE_TORCH_LIBRARY(efficient_attn_native, m) {
   m.def(
       "segment_order(Tensor codes, SymInt[] sizes, SymInt tokens, SymInt first) -> "
       "(Tensor order, Tensor rank)");
+  m.def(
+      "selective_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cache_lengths, "
+      "Tensor? block_table, Tensor? q_to_k, Tensor? q_to_v, SymInt? window_left, "
+      "float scale, float softcap, SymInt? top_values, float dropped_mass) "
+      "-> (Tensor out, Tensor lse, Tensor kept_mass)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(efficient_attn_native, CPU, m) {
@@ -44,4 +49,5 @@ STABLE_TORCH_LIBRARY_IMPL(efficient_attn_native, CPU, m) {
   m.impl("hyper_attention_backward", TORCH_BOX(&ea::cpu::hyper_attention_backward));
   m.impl("lsh_codes", TORCH_BOX(&ea::cpu::lsh_codes));
   m.impl("segment_order", TORCH_BOX(&ea::cpu::segment_order));
+  m.impl("selective_decode", TORCH_BOX(&ea::cpu::selective_decode));
 }

@@ -14,8 +14,15 @@ import platform
 PACKAGES = ("efficient_attn", "torch", "triton", "transformers", "safetensors", "numpy", "einops")
 
 # A backward op is answered by the same implementations as its forward.
-OPS = ("attention", "attention_varlen", "attention_decode", "mla_decode", "merge_states")
-_NATIVE_OPS = ("attention_decode", "mla_decode", "merge_states")
+OPS = (
+    "attention",
+    "attention_varlen",
+    "attention_decode",
+    "selective_decode",
+    "mla_decode",
+    "merge_states",
+)
+_NATIVE_OPS = ("attention_decode", "selective_decode", "mla_decode", "merge_states")
 
 
 def report() -> dict:

@@ -55,4 +55,11 @@ torch::stable::Tensor lsh_codes(
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> segment_order(
     torch::stable::Tensor codes, std::vector<int64_t> sizes, int64_t tokens, int64_t first);
 
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> selective_decode(
+    torch::stable::Tensor query, torch::stable::Tensor key_cache,
+    torch::stable::Tensor value_cache, torch::stable::Tensor cache_lengths,
+    std::optional<torch::stable::Tensor> block_table, std::optional<torch::stable::Tensor> q_to_k,
+    std::optional<torch::stable::Tensor> q_to_v, std::optional<int64_t> window_left, double scale,
+    double softcap, std::optional<int64_t> top_values, double dropped_mass);
+
 }  // namespace ea::cpu

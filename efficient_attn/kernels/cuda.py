@@ -8,6 +8,7 @@ from efficient_attn.errors import UnsupportedError
 from efficient_attn.kernels import torch_cuda
 from efficient_attn.kernels.triton import attention_bwd, attention_fwd, grouping, hyper
 from efficient_attn.kernels.triton import decode as triton_decode
+from efficient_attn.kernels.triton import selective as triton_selective
 from efficient_attn.kernels.triton._arguments import device_refusals
 
 _ADVICE = "efficient_attn.reference.{} computes any input, slowly and in full memory."
@@ -66,6 +67,12 @@ def latent_decode(q_latent, q_rope, cache, *options) -> tuple[Tensor, Tensor]:
     """The ``mla_decode`` op."""
     _refuse("mla_decode", triton_decode.latent_refusals(q_latent, q_rope))
     return triton_decode.latent_decode(q_latent, q_rope, cache, *options)
+
+
+def selective_decode(query, key_cache, value_cache, *options) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``selective_decode`` op."""
+    _refuse("selective_decode", attention_fwd.refusals(query, key_cache, value_cache))
+    return triton_selective.decode(query, key_cache, value_cache, *options)
 
 
 def forward_hyper(query, key, value, *plan_and_scale) -> tuple[Tensor, Tensor]:

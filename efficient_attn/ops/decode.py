@@ -31,14 +31,12 @@ _register.define(
 _PORTABLE = "efficient_attn.kernels.portable.decode"
 _register.implement("attention_decode", "CompositeExplicitAutograd", f"{_PORTABLE}:decode")
 _register.implement("mla_decode", "CompositeExplicitAutograd", f"{_PORTABLE}:latent_decode")
-_register.implement(
-    "selective_decode",
-    "CompositeExplicitAutograd",
-    "efficient_attn.kernels.portable.selective:decode",
-)
+_SELECTIVE = "efficient_attn.kernels.portable.selective"
+_register.implement("selective_decode", "CompositeExplicitAutograd", f"{_SELECTIVE}:decode")
 if _register.TRITON_IS_INSTALLED:
     _register.implement("attention_decode", "CUDA", "efficient_attn.kernels.cuda:decode")
     _register.implement("mla_decode", "CUDA", "efficient_attn.kernels.cuda:latent_decode")
+    _register.implement("selective_decode", "CUDA", "efficient_attn.kernels.cuda:selective_decode")
 
 
 @_register.fake("attention_decode")

@@ -68,6 +68,10 @@ def _segment_order_sample() -> tuple:
     return codes * 37 % 11, [16, 40], 40, 7
 
 
+def _selective_decode_sample() -> tuple:
+    return *_attention_decode_sample(), 9, 0.0
+
+
 # Every native op, with arguments on which it has to agree with the portable one.
 _SAMPLES = {
     "merge_states": _merge_states_sample,
@@ -77,6 +81,7 @@ _SAMPLES = {
     "hyper_attention_backward": _hyper_attention_backward_sample,
     "lsh_codes": _lsh_codes_sample,
     "segment_order": _segment_order_sample,
+    "selective_decode": _selective_decode_sample,
 }
 
 

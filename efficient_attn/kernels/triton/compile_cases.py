@@ -11,7 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from efficient_attn.kernels.triton import attention_bwd, attention_fwd, decode, grouping, hyper
+from efficient_attn.kernels.triton import (
+    attention_bwd,
+    attention_fwd,
+    decode,
+    grouping,
+    hyper,
+    selective,
+)
 from efficient_attn.planning import HyperPlan
 
 CAPABILITY = {"sm80": 80, "sm86": 86, "sm90": 90, "sm100": 100}
@@ -79,6 +86,9 @@ def _representative_decode_cases() -> Iterator[Case]:
     yield Case("sm90", (128, 128), torch.bfloat16, frozenset({"split"}), "attention_decode")
     yield Case("sm90", (128, 128), torch.bfloat16, frozenset({"more_values"}), "attention_decode")
     yield Case("sm80", (64, 64), torch.float16, _DECODE_RICH, "attention_decode")
+    yield Case("sm90", (128, 128), torch.bfloat16, frozenset({"split"}), "selective_decode")
+    yield Case("sm80", (64, 64), torch.float16, _DECODE_RICH | {"by_mass"}, "selective_decode")
+    yield Case("sm100", (64, 64), torch.bfloat16, frozenset({"more_values"}), "selective_decode")
     yield Case("sm90", (512, 64), torch.bfloat16, frozenset({"many_heads"}), "mla_decode")
     yield Case("sm100", (448, 128), torch.bfloat16, frozenset({"large_pages"}), "mla_decode")
 
@@ -88,12 +98,14 @@ def _decode_cases(arch: str) -> Iterator[Case]:
         for dims in ((64, 64), (80, 80), (128, 128), (192, 128), (256, 256)):
             for features in (_DECODE_PLAIN, _DECODE_RICH):
                 yield Case(arch, dims, dtype, features, "attention_decode")
+                yield Case(arch, dims, dtype, features | {"by_mass"}, "selective_decode")
         for dims in ((512, 64), (448, 128), (256, 64), (100, 0), (512, 128)):
             for features in ((), ("split", "large_pages"), ("many_heads",)):
                 yield Case(arch, dims, dtype, frozenset(features), "mla_decode")
     for feature in ("", "more_values", "many_tokens", "small_pages", "large_pages", "map"):
         features = frozenset({feature, "split"} - {""})
         yield Case(arch, (128, 128), torch.bfloat16, features, "attention_decode")
+        yield Case(arch, (128, 128), torch.bfloat16, features, "selective_decode")
 
 
 def _attention(case: Case) -> None:
@@ -130,7 +142,7 @@ def _attention(case: Case) -> None:
 def call(case: Case) -> None:
     """Make a call of this kind, forward and backward where there is a backward."""
     calls = {"attention": _attention, "hyper": _hyper, "grouping": _grouping}
-    calls |= {"attention_decode": _decode, "mla_decode": _latent}
+    calls |= {"attention_decode": _decode, "selective_decode": _decode, "mla_decode": _latent}
     calls[case.op](case)
 
 
@@ -148,7 +160,11 @@ def _decode(case: Case) -> None:
     value = _empty(case, pages, values, page_size, case.dims[1])
     index = _empty(case, heads, dtype=torch.int32) if has("map") else None
     options = (4096 if has("window") else None, 0.1, 30.0 if has("softcap") else 0.0)
-    decode.decode(query, key, value, lengths, table, index, index, *options)
+    arguments = (query, key, value, lengths, table, index, index, *options)
+    if case.op == "selective_decode":
+        selective.decode(*arguments, None if has("by_mass") else 100, 0.1)
+    else:
+        decode.decode(*arguments)
 
 
 def _latent(case: Case) -> None:
