@@ -1,4 +1,4 @@
-"""`attention_decode` with selected values: which, how they weigh, what is never read, its errors."""
+"""`attention_decode` with selected values: which, how they weigh, what is never read."""
 
 import pytest
 import torch
