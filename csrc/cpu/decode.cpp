@@ -33,21 +33,34 @@ std::tuple<Tensor, Tensor> attend(const Tensor& given, const Cached& cached, con
   return finish(call, query);
 }
 
+// Where the rows of a tensor of (batch, heads, tokens, dim) lie. A tensor is asked once: it answers from
+// another library, which takes as long as a few loads.
+template <typename Value>
+struct QueryRows {
+  const Value* data;
+  int64_t batch_step, head_step, token_step, dim_step, dim;
+
+  explicit QueryRows(const Tensor& x)
+      : data(static_cast<const Value*>(x.const_data_ptr())), batch_step(x.stride(0)),
+        head_step(x.stride(1)), token_step(x.stride(2)), dim_step(x.stride(3)), dim(x.size(3)) {}
+
+  Value* copy(int64_t b, int64_t h, int64_t i, Value* out) const {
+    const Value* row = data + b * batch_step + h * head_step + i * token_step;
+    for (int64_t d = 0; d < dim; ++d) out[d] = row[d * dim_step];
+    return out + dim;
+  }
+};
+
 // Rows of q_latent and q_rope side by side, tokens before heads.
 template <typename Value>
 std::vector<Value> joined(const Tensor& q_latent, const Tensor& q_rope) {
   const int64_t batch = q_latent.size(0), heads = q_latent.size(1), tokens = q_latent.size(2);
-  std::vector<Value> rows(batch * tokens * heads * (q_latent.size(3) + q_rope.size(3)));
+  const QueryRows<Value> latents(q_latent), ropes(q_rope);
+  std::vector<Value> rows(batch * tokens * heads * (latents.dim + ropes.dim));
   Value* out = rows.data();
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t i = 0; i < tokens; ++i) {
-      for (int64_t h = 0; h < heads; ++h) {
-        for (const Tensor* part : {&q_latent, &q_rope}) {
-          const auto* row = static_cast<const Value*>(part->const_data_ptr()) +
-                            b * part->stride(0) + h * part->stride(1) + i * part->stride(2);
-          for (int64_t d = 0; d < part->size(3); ++d) *out++ = row[d * part->stride(3)];
-        }
-      }
+      for (int64_t h = 0; h < heads; ++h) out = ropes.copy(b, h, i, latents.copy(b, h, i, out));
     }
   }
   return rows;

@@ -91,7 +91,8 @@ def check_cached_tokens(
         capacity = block_table.shape[1] * page_size
     if not is_readable(cache_lengths) or batch == 0:
         return
-    low, high = (int(x) for x in cache_lengths.aminmax())
+    lengths = cache_lengths.tolist()  # In Python: a tensor op takes longer than a few integers.
+    low, high = min(lengths), max(lengths)
     if low < 0 or high > capacity:
         raise ValueError(
             f"cache_lengths ranges from {low} to {high}; every length must lie in [0, {capacity}], "
@@ -102,6 +103,11 @@ def check_cached_tokens(
 
 
 def _check_pages(cache_lengths: Tensor, block_table: Tensor, pages: int, page_size: int) -> None:
+    if block_table.numel() == 0:
+        return
+    low, high = (int(x) for x in block_table.aminmax())
+    if low >= 0 and high < pages:
+        return  # Nearly always, and sooner seen than which entries are needed.
     blocks = torch.arange(block_table.shape[1])
     needed = blocks * page_size < cache_lengths.unsqueeze(1)
     wrong = needed & ((block_table < 0) | (block_table >= pages))
