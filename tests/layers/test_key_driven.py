@@ -297,3 +297,31 @@ def test_refusals_name_the_argument(make, options, message):
 def test_a_map_of_ones_own_is_refused():
     with pytest.raises(TypeError, match="makes its own head_map"):
         kdgqa(head_map=HeadMap.gqa(HEADS, GROUPS))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [KDGQA, DGQA])
+def test_a_device_is_never_waited_for(kind):
+    layer = kind(96, HEADS, num_kv_heads=GROUPS, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(2, 50, 96, device="cuda", dtype=torch.bfloat16)
+    layer(x).square().sum().backward()  # compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(x).square().sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_graph_that_is_replayed_makes_the_map_anew():
+    layer = KDGQA(96, HEADS, num_kv_heads=GROUPS, device="cuda", dtype=torch.bfloat16).eval()
+    inputs = [torch.randn(2, 50, 96, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    static, graph = inputs[0].clone(), torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        expected = [layer(x) for x in inputs]
+        with torch.cuda.graph(graph):
+            out = layer(static)
+        for x, eager in zip(inputs, expected, strict=True):
+            static.copy_(x)
+            graph.replay()
+            assert torch.equal(out, eager)
