@@ -1,0 +1,241 @@
+"""Train a small vision transformer on digit images with each way to group heads, and compare.
+
+The images are the 1,797 digits of 8 x 8 pixels that come with scikit-learn; half of them are held
+back. All models have the same query heads; key and value heads are 1 to 8. Runs are written one by
+one, and those already written are not repeated::
+
+    python examples/train_vit_digits.py run --seeds 5 --out runs.jsonl
+    python examples/train_vit_digits.py report runs.jsonl --plot runs.png
+"""
+
+import json
+import multiprocessing
+import statistics
+import time
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache, partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from efficient_attn.layers import DGQA, KDGQA, PGQA, GroupedQueryAttention
+
+WIDTH, LAYERS, HEADS, PATCH = 64, 2, 8, 2
+EPOCHS, BATCH, PEAK_RATE, UPDATE_EVERY = 12, 32, 4e-3, 20
+
+# How a layer is made from its widths, its query heads and its key heads.
+WAYS = {
+    "even groups": GroupedQueryAttention,
+    "KDGQA, per sample": KDGQA,
+    "KDGQA, published": partial(KDGQA, compat="khan2024"),
+    "DGQA, average": partial(DGQA, update_every=UPDATE_EVERY),
+    "DGQA, difference": partial(DGQA, flavor="difference", update_every=UPDATE_EVERY),
+    "PGQA": PGQA,
+}
+KEY_HEADS = (1, 2, 4, 8)
+# With as many key heads as query heads, or only one, there is nothing to group.
+RUNS = [(way, n) for n in KEY_HEADS for way in (WAYS if 1 < n < HEADS else ["even groups"])]
+
+app = typer.Typer(add_completion=False, help=__doc__.split("\n")[0])
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward layer, each behind a norm."""
+
+    def __init__(self, attention: nn.Module):
+        super().__init__()
+        self.attention = attention
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
+        hidden = nn.Linear(WIDTH, 2 * WIDTH)
+        self.feed_forward = nn.Sequential(hidden, nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norms[0](x))
+        return x + self.feed_forward(self.norms[1](x))
+
+
+class VisionTransformer(nn.Module):
+    """Patches, blocks, and a classifier of the mean token."""
+
+    def __init__(self, way: str, num_kv_heads: int):
+        super().__init__()
+        self.embed = nn.Conv2d(1, WIDTH, PATCH, stride=PATCH)
+        self.position = nn.Parameter(0.02 * torch.randn(1, (8 // PATCH) ** 2, WIDTH))
+        make = partial(WAYS[way], WIDTH, HEADS, num_kv_heads=num_kv_heads)
+        self.blocks = nn.Sequential(*(Block(make()) for _ in range(LAYERS)))
+        self.classify = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 10))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.embed(images).flatten(2).mT + self.position
+        return self.classify(self.blocks(x).mean(1))
+
+
+@cache
+def digits() -> tuple[Tensor, Tensor]:
+    """Images ``(1797, 1, 8, 8)`` between -1 and 1, and their classes."""
+    data = load_digits()
+    images = torch.from_numpy(data.images).float().unsqueeze(1) / 8 - 1
+    return images, torch.from_numpy(data.target)
+
+
+def split(seed: int) -> tuple[Tensor, Tensor]:
+    """Which images are learnt from and which are held back, half of them each."""
+    images, _ = digits()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    return order.chunk(2)
+
+
+def train(way: str, num_kv_heads: int, seed: int, epochs: int = EPOCHS) -> nn.Module:
+    """A trained model; the seed fixes the split, the start, and the order of batches."""
+    images, classes = digits()
+    learnt, _ = split(seed)
+    torch.manual_seed(seed)
+    model = VisionTransformer(way, num_kv_heads)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, weight_decay=0.05)
+    steps = epochs * -(-len(learnt) // BATCH)
+    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, steps, pct_start=0.1)
+    for _ in range(epochs):
+        for batch in learnt[torch.randperm(len(learnt))].split(BATCH):
+            loss = nn.functional.cross_entropy(model(images[batch]), classes[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            rates.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, seed: int) -> float:
+    """Share of the held-back images that are classified right."""
+    images, classes = digits()
+    _, held_back = split(seed)
+    found = torch.cat([model(images[batch]).argmax(-1) for batch in held_back.split(128)])
+    return (found == classes[held_back]).float().mean().item()
+
+
+@app.command()
+def run(
+    out: Annotated[Path, typer.Option(help="Where one line per run is added.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each way.")] = 5,
+    minutes: Annotated[float, typer.Option(help="Begin no run after so much time.")] = 60.0,
+    workers: Annotated[int | None, typer.Option(help="Processes. Default: one per core.")] = None,
+) -> None:
+    """Train what is missing in a file of runs, seed by seed."""
+    done = {(r["way"], r["key_heads"], r["seed"]) for r in read(out)} if out.exists() else set()
+    wanted = [(*each, seed) for seed in range(seeds) for each in RUNS]
+    missing = [each for each in wanted if each not in done]
+    deadline = time.monotonic() + 60 * minutes
+    start_process = multiprocessing.get_context("spawn")
+    with (
+        out.open("a", encoding="utf-8") as file,
+        ProcessPoolExecutor(workers, start_process, torch.set_num_threads, (1,)) as pool,
+    ):
+        results = [pool.submit(train_and_measure, *each, deadline) for each in missing]
+        for result in tqdm(as_completed(results), total=len(results), unit="run"):
+            if result.result() is not None:
+                file.write(json.dumps(result.result()) + "\n")
+                file.flush()
+
+
+def train_and_measure(way: str, key_heads: int, seed: int, deadline: float) -> dict | None:
+    """The record of one run; nothing if it is too late to begin."""
+    if time.monotonic() > deadline:
+        return None
+    model = train(way, key_heads, seed)
+    groups = [layer.group_sizes.tolist() for layer in model.modules() if isinstance(layer, DGQA)]
+    record = {"way": way, "key_heads": key_heads, "seed": seed, "groups": groups}
+    return record | {"accuracy": accuracy(model, seed)}
+
+
+@app.command()
+def report(
+    runs: Annotated[Path, typer.Argument(help="A file of runs.")],
+    plot: Annotated[
+        Path | None, typer.Option(help="Where to draw accuracy over key heads.")
+    ] = None,
+) -> None:
+    """Show accuracy by way and number of key heads."""
+    heads, *rows = table(read(runs))
+    shown = Table(*heads)
+    for row in rows:
+        shown.add_row(*row)
+    Console().print(shown)
+    if plot is not None:
+        draw(read(runs), plot)
+
+
+def read(path: Path) -> list[dict]:
+    """The runs of a file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def by_kind(runs: list[dict]) -> dict[tuple[str, int], dict[int, float]]:
+    """Accuracy of each way and number of key heads, by seed."""
+    found = defaultdict(dict)
+    for each in runs:
+        found[each["way"], each["key_heads"]][each["seed"]] = each["accuracy"]
+    return found
+
+
+def table(runs: list[dict]) -> list[tuple[str, ...]]:
+    """Cells: accuracy in per cent, mean and deviation over seeds, and the mean difference.
+
+    Differences are to even groups of as many key heads, seed by seed, with their standard error.
+    """
+    kinds = by_kind(runs)
+    rows = [("key heads", "groups", "accuracy, %", "deviation", "to even groups", "±", "seeds")]
+    for (way, key_heads), found in sorted(kinds.items(), key=lambda item: item[0][1]):
+        percent = [100 * x for x in found.values()]
+        row = [str(key_heads), way, f"{statistics.mean(percent):.2f}"]
+        row.append(f"{statistics.stdev(percent):.2f}" if len(percent) > 1 else "")
+        even = kinds["even groups", key_heads]
+        apart = [100 * (found[seed] - even[seed]) for seed in found if seed in even]
+        if way == "even groups" or len(apart) < 2:
+            row += ["", ""]
+        else:
+            error = statistics.stdev(apart) / len(apart) ** 0.5
+            row += [f"{statistics.mean(apart):+.2f}", f"{error:.2f}"]
+        rows.append((*row, str(len(percent))))
+    return rows
+
+
+def draw(runs: list[dict], path: Path) -> None:
+    """Mean accuracy over the number of key heads, with its standard error."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    kinds = by_kind(runs)
+    for shift, way in enumerate(WAYS):
+        points = sorted((n, found) for (name, n), found in kinds.items() if name == way)
+        values = [[100 * x for x in found.values()] for _, found in points]
+        axes.errorbar(
+            [n * 1.03**shift for n, _ in points],
+            [statistics.mean(x) for x in values],
+            [statistics.stdev(x) / len(x) ** 0.5 if len(x) > 1 else 0.0 for x in values],
+            marker="o",
+            capsize=2,
+            label=way,
+            linestyle="-" if way == "even groups" else "none",
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(KEY_HEADS, [str(n) for n in KEY_HEADS])
+    axes.set_xlabel(f"key and value heads, of {HEADS} query heads")
+    axes.set_ylabel("accuracy on held-back digits, %")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    app()
