@@ -124,6 +124,18 @@ def _maps_cpu() -> list[Workload]:
     ]
 
 
+def _selective_cpu() -> list[Workload]:
+    cached = partial(_cached, "decode-selective", "cpu", top_values=100)
+    return [
+        *cached(SIGMA_64, BF16, 1024, quick=True),
+        *cached(SIGMA_64, BF16, 8192, 32768, 131072),
+        *cached(SIGMA, BF16, 8192, 32768),
+        *cached(SIGMA_64, FP32, 8192, 32768),
+        *cached(SIGMA, FP32, 32768),
+        *cached(GQA_16_64, BF16, 32768),
+    ]
+
+
 def _mla_cpu() -> list[Workload]:
     cached = partial(_cached, "decode-mla", "cpu")
     return [
@@ -165,6 +177,16 @@ def _maps_cuda() -> list[Workload]:
     ]
 
 
+def _selective_cuda() -> list[Workload]:
+    cached = partial(_cached, "decode-selective", "cuda", top_values=100)
+    return [
+        *cached(SIGMA, BF16, 131072, rank=0),
+        *cached(SIGMA, BF16, 65536, rank=1),
+        *cached(SIGMA_64, BF16, 262144, rank=2),
+        *cached(SIGMA, BF16, 32768, batch=16, rank=2),
+    ]
+
+
 def _mla_cuda() -> list[Workload]:
     cached = partial(_cached, "decode-mla", "cuda")
     return [
@@ -180,5 +202,6 @@ def _mla_cuda() -> list[Workload]:
 CACHE_SUITES: dict[str, list[Workload]] = {
     "decode": [*_decode_cpu(), *_decode_cuda()],
     "decode-maps": [*_maps_cpu(), *_maps_cuda()],
+    "decode-selective": [*_selective_cpu(), *_selective_cuda()],
     "decode-mla": [*_mla_cpu(), *_mla_cuda()],
 }

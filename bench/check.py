@@ -67,12 +67,17 @@ class Verdict:
 
 
 def prepare(
-    workload: Workload, inputs: Inputs, seed: int = 1, plan: ea.HyperPlan | None = None
+    workload: Workload,
+    inputs: Inputs,
+    seed: int = 1,
+    plan: ea.HyperPlan | None = None,
+    top_values: int | None = None,
 ) -> Truth:
     """Compute the truth in fp64, and what the plain formula makes of it in the workload's dtype.
 
     With a plan, the truth is the estimate that the plan stands for: what is judged is whether it is
-    computed right, not how near it is to exact attention.
+    computed right, not how near it is to exact attention. With ``top_values``, it is what so many
+    values of the largest weights give.
     """
     device = inputs.query.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -81,8 +86,8 @@ def prepare(
     if workload.needs_gradients:
         grad_out = torch.zeros_like(workload.make_grad_out(generator))
         grad_out[:, :, rows] = workload.make_grad_out(generator)[:, :, rows]
-    exact, magnitude = _evaluate(workload, inputs, rows, grad_out, torch.float64, plan)
-    plain, _ = _evaluate(workload, inputs, rows, grad_out, workload.torch_dtype, plan)
+    exact, magnitude = _evaluate(workload, inputs, rows, grad_out, torch.float64, plan, top_values)
+    plain, _ = _evaluate(workload, inputs, rows, grad_out, workload.torch_dtype, plan, top_values)
     floor = (FLOOR if plan is None else MERGED_FLOOR) * torch.finfo(workload.torch_dtype).eps
     limit = {
         name: FACTOR * largest_error(plain[name], exact[name], magnitude[name]) + floor
@@ -131,6 +136,7 @@ def formula(
     visible: Tensor,
     scale: float,
     log_weight: Tensor | None = None,
+    top_values: int | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Softmax attention of one head and its gradients, as written in a textbook.
 
@@ -139,6 +145,7 @@ def formula(
         - key: ``(batch, keys, d_qk)``; value: ``(batch, keys, d_v)``
         - grad_out: ``(batch, rows, d_v)`` or ``None``; visible: ``(rows, keys)``
         - log_weight: added to the scores, ``(rows, keys)``
+        - top_values: how many weights count, the largest ones; a number
 
     Returns:
         The results by name, and the sum of squares of the terms of each.
@@ -149,6 +156,11 @@ def formula(
     scores = scores.masked_fill(~visible, -torch.inf)
     # A row that sees nothing has no softmax; it gives zeros.
     weights = scores.softmax(-1).masked_fill(~visible, 0)
+    if top_values is not None:
+        # Which they are does not depend on the precision of the rest.
+        exact = (query.double() @ key.double().mT * scale).masked_fill(~visible, -torch.inf)
+        last = exact.topk(min(top_values, exact.shape[-1])).values[..., -1:]
+        weights = weights.masked_fill(exact < last, 0)
     results = {"out": weights @ value}
     squares = {"out": weights**2 @ value**2}
     if grad_out is not None:
@@ -173,6 +185,7 @@ def _evaluate(
     grad_out: Tensor | None,
     dtype: torch.dtype,
     plan: ea.HyperPlan | None = None,
+    top_values: int | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The formula for a few heads at a time, so that memory stays small; sums are kept in fp64."""
     query, key, value = (x.detach() for x in inputs)
@@ -197,6 +210,7 @@ def _evaluate(
             visible.repeat(count, 1),
             workload.scale,
             None if plan is None else _log_weights(plan, workload.num_queries, heads, rows),
+            top_values,
         )
         for name, read in (("dk", k), ("dv", v)):
             if name in results:

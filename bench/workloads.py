@@ -43,6 +43,7 @@ class Workload:
             values are the cache, and the queries are its newest tokens. ``"hyper"`` estimates what
             the providers of the other side compute exactly.
         hyper: Which of ``HYPER_CONFIGS``, for ``"hyper"``.
+        top_values: How many values a query reads, for ``"decode"``; torch reads them all.
         q_to_k: Key head of each query head; ``None`` means even contiguous groups.
         q_to_v: The same for value heads.
         window: Keys visible on the left and right of the lower-right diagonal, as in the package.
@@ -74,6 +75,7 @@ class Workload:
     dtype: str = "float32"
     mode: Mode = "forward"
     hyper: Literal["paper", "default"] | None = None
+    top_values: int | None = None
     layout: Literal["tokens", "heads"] = "tokens"
     replayed: bool = False
     rank: int = 1
@@ -177,11 +179,13 @@ class Workload:
         return passes * moved * self.torch_dtype.itemsize
 
     def cache_bytes(self) -> int:
-        """Bytes of keys and values in the heads that some query head reads, each counted once."""
-        row = len(set(self.key_index())) * self.d_qk
-        if not self.is_latent:
-            row += len(set(self.value_index())) * self.d_v
-        return self.batch * self.num_keys * row * self.torch_dtype.itemsize
+        """Bytes of keys and values that some query head reads, each counted once."""
+        keys = len(set(self.key_index())) * self.num_keys
+        values = 0 if self.is_latent else len(set(self.value_index())) * self.num_keys
+        if self.top_values is not None:
+            values = min(values, self.q_heads * self.num_queries * self.top_values)
+        row_bytes = (keys * self.d_qk + values * self.d_v) * self.torch_dtype.itemsize
+        return self.batch * row_bytes
 
     def result_bytes(self) -> int:
         """Bytes of what a call returns: the output, and the gradients of the inputs."""

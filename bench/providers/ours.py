@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -44,9 +44,8 @@ class Ours:
             return lambda: ea.hyper_attention(*inputs, causal=workload.causal, config=config)
         lengths = torch.full((workload.batch,), workload.num_keys, dtype=torch.int32, device=device)
         if workload.op == "decode":
-            return lambda: ea.attention_decode(
-                *inputs, cache_lengths=lengths, head_map=head_map, window=workload.window
-            )
+            options = {"cache_lengths": lengths, "head_map": head_map, "window": workload.window}
+            return lambda: ea.attention_decode(*inputs, **options, top_values=workload.top_values)
         # Parts of one tensor: joining them is not what is timed.
         q_latent, q_rope = inputs.query.split([workload.d_v, workload.d_qk - workload.d_v], -1)
         cache = inputs.key.squeeze(1)
@@ -57,7 +56,7 @@ class Ours:
 
 @dataclass(frozen=True)
 class OursExact:
-    """The exact function of the package beside its estimate, for information."""
+    """The exact function of the package beside its estimate or selection, for information."""
 
     name: str = "efficient_attn-exact"
     side: Side = "yardstick"
@@ -66,10 +65,14 @@ class OursExact:
         return []
 
     def supports(self, workload: Workload) -> list[str]:
+        if workload.top_values is not None:
+            return []
         if workload.op != "hyper":
             return ["the call is exact"]
         # It takes as long as torch's; one of the two is enough where both take minutes.
         return [] if workload.num_keys <= 2**15 else ["it would take minutes"]
 
     def build(self, workload: Workload, inputs: Inputs) -> Call:
+        if workload.reads_a_cache:
+            return Ours().build(replace(workload, top_values=None), inputs)
         return lambda: ea.attention(*inputs, causal=workload.causal)

@@ -10,6 +10,7 @@
 #include "common/head_map.h"
 #include "common/lsh.h"
 #include "common/online_softmax.h"
+#include "common/selection.h"
 #include "cpu/decode.h"
 #include "cpu/head_families.h"
 #include "cpu/merge_states.h"
@@ -158,6 +159,24 @@ py::list head_families(
   return result;
 }
 
+// The tokens of the best scores whose weights, one for each token, are `enough` together.
+std::vector<int32_t> select_best(
+    const std::vector<double>& scores, const std::vector<double>& weights, double enough) {
+  if (scores.size() != weights.size()) throw std::invalid_argument("pass one weight per score.");
+  std::vector<ea::Candidate<double>> candidates;
+  for (size_t t = 0; t < scores.size(); ++t) candidates.push_back({scores[t], int32_t(t)});
+  const auto measure = [&](const auto* first, const auto* last) {
+    double sum = 0;
+    for (; first < last; ++first) sum += weights[first->token];
+    return sum;
+  };
+  const int64_t count =
+      ea::select_best(candidates.data(), int64_t(candidates.size()), enough, measure);
+  std::vector<int32_t> tokens;
+  for (int64_t i = 0; i < count; ++i) tokens.push_back(candidates[i].token);
+  return tokens;
+}
+
 State merge_softmax(const State& a, const State& b) {
   const auto merged = ea::merge(state_of(a), state_of(b));
   return {merged.max, merged.sum};
@@ -225,6 +244,8 @@ PYBIND11_MODULE(_host, m) {
         "fp32 to a 16-bit type and back, on one instruction set.");
   m.def("merge_softmax", &merge_softmax, py::arg("a"), py::arg("b"),
         "The softmax state (max, sum) of the scores of both.");
+  m.def("select_best", &select_best, py::arg("scores"), py::arg("weights"), py::arg("enough"),
+        "The tokens of the fewest best scores that weigh enough, in no order.");
   m.def("log_sum_exp", [](const State& s) { return ea::log_sum_exp(state_of(s)); },
         py::arg("state"), "The log-sum-exp of a softmax state (max, sum).");
 }

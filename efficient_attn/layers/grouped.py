@@ -46,6 +46,8 @@ class GroupedQueryAttention(nn.Module):
         window: ``(left, right)`` keys visible beside that position, ``None`` for no limit.
         scale: Factor on the scores; by default ``head_dim ** -0.5``.
         softcap: Bound ``c`` of scores ``c * tanh(score / c)``; 0 for none.
+        top_values: Decode with the values of so many largest weights alone, as
+            :func:`efficient_attn.attention_decode` does; prompts and training stay exact.
         rotary: Called as ``rotary(x, positions)`` on query and key heads, for example a
             :class:`~efficient_attn.layers.RotaryEmbedding`.
         q_norm, k_norm: Applied to each query and key head before ``rotary``, for example
@@ -78,6 +80,7 @@ class GroupedQueryAttention(nn.Module):
         window: tuple[int | None, int | None] | None = None,
         scale: float | None = None,
         softcap: float = 0.0,
+        top_values: int | None = None,
         rotary: Callable[[Tensor, Tensor | None], Tensor] | None = None,
         q_norm: nn.Module | None = None,
         k_norm: nn.Module | None = None,
@@ -97,6 +100,10 @@ class GroupedQueryAttention(nn.Module):
             raise ValueError(
                 f"head_map is for {head_map.num_q_heads} query heads and num_heads is {num_heads}."
             )
+        if top_values is not None and top_values < 1:
+            raise ValueError(
+                f"top_values is {top_values}; pass at least 1, or None to read all values."
+            )
         if head_dim is None:
             if embed_dim % num_heads:
                 raise ValueError(
@@ -115,6 +122,7 @@ class GroupedQueryAttention(nn.Module):
         self.window = window
         self.scale = scale
         self.softcap = softcap
+        self.top_values = top_values
         self.rotary = rotary
         self.q_norm = q_norm
         self.k_norm = k_norm
@@ -227,7 +235,8 @@ class GroupedQueryAttention(nn.Module):
             cache.append(key, value, counts=counts)
             if bias is None and query.shape[2] <= FEW_TOKENS and not needs_gradient(query):
                 places = {"cache_lengths": cache.lengths, "block_table": cache.block_table}
-                return self.combine(attention_decode(query, *cache.parts, **places, **options))
+                options |= {"top_values": self.top_values, **places}
+                return self.combine(attention_decode(query, *cache.parts, **options))
             key, value = cache.filled()
             key_lengths = cache.lengths if cache.is_ragged else None
         options |= {"causal": self.causal, "bias": bias, "key_lengths": key_lengths}
@@ -294,7 +303,14 @@ class GroupedQueryAttention(nn.Module):
         ]
         if self.v_head_dim != self.head_dim:
             parts.append(f"v_head_dim={self.v_head_dim}")
-        for name, default in (("causal", False), ("window", None), ("scale", None), ("softcap", 0)):
+        defaults = {
+            "causal": False,
+            "window": None,
+            "scale": None,
+            "softcap": 0,
+            "top_values": None,
+        }
+        for name, default in {**defaults, "top_values": None}.items():
             if getattr(self, name) != default:
                 parts.append(f"{name}={getattr(self, name)}")
         for name in self._map_names():

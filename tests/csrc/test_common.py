@@ -95,3 +95,22 @@ def test_build_facts_name_what_was_built(host):
     assert facts["instruction_set"] == host.instruction_sets()[-1]
     assert facts["torch_target"] == "2.10"
     assert "-O3" in facts["flags"] and facts["compiler"] and isinstance(facts["cuda"], bool)
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    drawn=st.lists(st.tuples(st.integers(-3, 3), st.integers(0, 5)), max_size=60),
+    enough=st.integers(1, 200),
+    ordered=st.sampled_from([0, 1, -1]),
+)
+def test_the_fewest_best_that_weigh_enough(host, drawn, enough, ordered):
+    # Whole numbers add up exactly, and many scores are equal: then the first token is better.
+    drawn = sorted(drawn, reverse=ordered < 0) if ordered else drawn
+    scores, weights = ([float(x[i]) for x in drawn] for i in range(2))
+    expected, total = [], 0.0
+    for token in sorted(range(len(drawn)), key=lambda t: (-scores[t], t)):
+        if total >= enough:
+            break
+        expected.append(token)
+        total += weights[token]
+    assert sorted(host.select_best(scores, weights, enough)) == sorted(expected)

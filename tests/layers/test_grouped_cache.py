@@ -182,3 +182,24 @@ def test_what_is_refused():
     torch.testing.assert_close(
         module(x[:, :1], cache=cache), module(torch.cat([x, x[:, :1]], 1))[:, -1:]
     )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoding_with_selected_values(kind):
+    x = torch.randn(BATCH, 20, EMBED).double()
+    module, cache = layer(top_values=3, num_kv_heads=2)
+    cache = cache_for(module, kind)
+    with torch.no_grad():
+        prompt = module(x[:, :18], cache=cache)
+        torch.testing.assert_close(prompt, module(x[:, :18]))
+        few = module(x[:, 18:], cache=cache)
+        module.top_values = 20
+        assert not torch.allclose(few, module(x)[:, 18:])
+        again = cache_for(module, kind)
+        module(x[:, :18], cache=again)
+        torch.testing.assert_close(module(x[:, 18:], cache=again), module(x)[:, 18:])
+
+
+def test_top_values_that_are_refused():
+    with pytest.raises(ValueError, match="top_values is 0; pass at least 1"):
+        layer(top_values=0)
