@@ -97,7 +97,9 @@ def test_build_facts_name_what_was_built(host):
     assert "-O3" in facts["flags"] and facts["compiler"] and isinstance(facts["cuda"], bool)
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     drawn=st.lists(st.tuples(st.integers(-3, 3), st.integers(0, 5)), max_size=60),
     enough=st.integers(1, 200),
