@@ -187,7 +187,7 @@ def test_what_is_refused():
 @pytest.mark.parametrize("kind", KINDS)
 def test_decoding_with_selected_values(kind):
     x = torch.randn(BATCH, 20, EMBED).double()
-    module, cache = layer(top_values=3, num_kv_heads=2)
+    module = layer(top_values=3, num_kv_heads=2)
     cache = cache_for(module, kind)
     with torch.no_grad():
         prompt = module(x[:, :18], cache=cache)
