@@ -152,6 +152,8 @@ class DeepseekFormat:
 
     def _rounded(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
         """``x * gain`` in fp64, rounded once; some rows at a time, to hold no second copy."""
+        if x.dtype == self.dtype and not isinstance(gain, Tensor) and gain == 1:
+            return x
         out = torch.empty(x.shape, dtype=self.dtype)
         for start in range(0, len(x), 4096):
             rows = slice(start, start + 4096)

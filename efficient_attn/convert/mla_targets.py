@@ -18,6 +18,9 @@ from efficient_attn.convert.source import Source
 # What decode kernels of engines are built for: latent and rotary width.
 ENGINE_SIZES = ((512, 64), (256, 64))
 
+# What Python and torch take before anything is done.
+LIBRARIES = 300_000_000
+
 
 @dataclass(frozen=True)
 class MlaSizes:
@@ -102,11 +105,11 @@ class NativeTarget:
     def memory_bytes(self) -> int:
         """What one part takes while it is made, about: in fp64, rounded, and read."""
         config, layer = self.source.config, self._attention_parameters()
-        working = 8 * (3 * self._query_rows() * config["hidden_size"] + layer)
+        working = (8 + self.dtype.itemsize) * layer + LIBRARIES
         working += self.source.checkpoint.nbytes // self.source.num_layers
         embedding = config["vocab_size"] * config["hidden_size"]
         embedding *= self.dtype.itemsize + self.source.dtype.itemsize
-        return max(working + layer * self.dtype.itemsize, embedding)
+        return max(working, embedding + LIBRARIES)
 
     def _attention(self, index: int, weights: LatentAttentionWeights) -> Part:
         state = {
