@@ -1,4 +1,4 @@
-"""``python -m bench``: list, run, generate, key-driven, replay, quality, gpu, plot, compare."""
+"""`python -m bench`: list, run, generate, key-driven, replay, quality, conversion, gpu, plot .."""
 
 from __future__ import annotations
 
@@ -214,6 +214,37 @@ def quality(
 
 
 @app.command()
+def conversion(
+    budget: Annotated[
+        list[int] | None, typer.Option(help="Cached numbers per token and layer; repeatable.")
+    ] = None,
+    part: Annotated[
+        list[str] | None, typer.Option(help="budget, ladder or lever; repeatable. Default: all.")
+    ] = None,
+    rows: Annotated[int, typer.Option(help="Rows of text to judge by.")] = 12,
+    length: Annotated[int, typer.Option(help="Tokens in a row.")] = 512,
+    calibration_rows: Annotated[int, typer.Option(help="Rows of text to calibrate on.")] = 48,
+    out: Output = Path("bench-out/conversion.jsonl"),
+) -> None:
+    """Measure what a smaller cache costs the example model after conversion to MLA."""
+    from bench.conversion import BUDGETS, PARTS, measure
+
+    if not set(part or ()) <= set(PARTS):
+        raise typer.BadParameter(f"part is {part}; there are {', '.join(PARTS)}.")
+    with ResultsFile(out) as results:
+        results.write({"kind": "environment", **describe("cpu")})
+        measure(
+            results.write,
+            budgets=budget or BUDGETS,
+            parts=part or PARTS,
+            rows=rows,
+            length=length,
+            calibration_rows=calibration_rows,
+        )
+    console.print(f"records: {out}")
+
+
+@app.command()
 def gpu(
     out: Output = Path("bench-out/gpu"),
     minutes: Annotated[float, typer.Option(help="Time for everything together.")] = 9.0,
@@ -249,7 +280,7 @@ def plot(
     results: Annotated[Path, typer.Argument(help="A file that run or gpu wrote.", exists=True)],
     out: Output = Path("bench-out"),
 ) -> None:
-    """Draw ratio.png, time.png, bandwidth.png and memory.png."""
+    """Draw what the results hold: ratio.png, time.png, quality.png, conversion.png and so on."""
     for path in draw(read_records(results), out):
         console.print(str(path))
 

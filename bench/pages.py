@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from bench.conversion_report import conversion_rows
 from bench.environment import ROOT
 from bench.generate import ratio_to_torch
 from bench.goals import devices, goal_rows, timings
@@ -55,7 +56,7 @@ def markdown(records: list[dict]) -> str:
         _table(HEADS, layer_rows(records)),
         _replay_table(records),
     ]
-    for heading, (heads, *rows) in quality_rows(records):
+    for heading, (heads, *rows) in (*quality_rows(records), *conversion_rows(records)):
         tables.append(f"**{heading}**\n\n{_table(heads, rows)}")
     return "\n\n".join([_origin(records), *(table for table in tables if table)])
 

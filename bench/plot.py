@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from bench.conversion_report import conversion_figure
 from bench.quality_report import quality_figure
 from bench.report import environment_of, ratios
 from bench.workloads import length_label
@@ -45,6 +46,7 @@ def draw(records: list[dict], folder: Path) -> list[Path]:
         "memory": _memory_figure,
         "speedup": _speedup_figure,
         "quality": quality_figure,
+        "conversion": conversion_figure,
     }
     written = []
     for name, make in figures.items():
