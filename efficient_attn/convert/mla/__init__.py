@@ -1,7 +1,7 @@
 """From grouped-query attention to multi-head latent attention: algebra on one layer."""
 
 from efficient_attn.convert.mla.compress import Compressed, compress, lossless_rank
-from efficient_attn.convert.mla.lossless import exact, rorope
+from efficient_attn.convert.mla.lossless import exact, factorise, rorope
 from efficient_attn.convert.mla.moments import LayerMoments, MomentAccumulator, calibrate
 from efficient_attn.convert.mla.options import CompressOptions
 from efficient_attn.convert.mla.rotation import frequency_transforms
@@ -23,6 +23,7 @@ __all__ = [
     "compress",
     "error_curve",
     "exact",
+    "factorise",
     "frequency_transforms",
     "lossless_rank",
     "rank_beside",

@@ -8,18 +8,21 @@ undoes it.
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import replace
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from efficient_attn.convert.attention_weights import (
+    FactoredAttentionWeights,
     GroupedAttentionWeights,
     LatentAttentionWeights,
 )
 from efficient_attn.convert.mla.assemble import LatentMaps, assemble, head_selectors
 from efficient_attn.convert.mla.pairs import key_heads_of, pairs_of, rows_of_pairs
 
+# What :func:`exact` and :func:`factorise` make of the projections of keys and values.
 Factor = Literal["selector", "svd", "random-orthogonal"]
 
 
@@ -29,7 +32,7 @@ def exact(
     """The same layer with its key and value weights factorised into down and up projections.
 
     A factor of keys has to commute with their turning to be absorbed into the queries, so it mixes
-    the heads of one frequency only; a factor of values is free.
+    the heads of one frequency only (:func:`factorise` lifts that); a factor of values is free.
 
     Args:
         weights: The layer.
@@ -39,8 +42,8 @@ def exact(
 
     Source: TransMLA, version 1 (arXiv 2502.07864v1), section 3.
     """
+    check_factor(factor)
     groups, pairs = weights.num_kv_heads, pairs_of(weights)
-    rows = groups * weights.head_dim
     if factor == "selector":
         return rorope(weights)
     if factor == "svd":
@@ -51,15 +54,51 @@ def exact(
         kept = s > s[0] * torch.finfo(torch.float64).eps * max(weights.value.shape)
         up = u[:, kept] * s[kept].sqrt()
         return rorope(weights, left.mH, value_factor=(up, u[:, kept].mT / s[kept].sqrt()[:, None]))
-    if factor == "random-orthogonal":
-        generator = torch.Generator().manual_seed(seed)
-        shape = (pairs, groups, groups)
-        noise = torch.randn(*shape, 2, generator=generator, dtype=torch.float64)
-        transforms = torch.linalg.qr(torch.view_as_complex(noise))[0]
-        noise = torch.randn(rows, rows, generator=generator, dtype=torch.float64)
-        basis = torch.linalg.qr(noise)[0]
-        return rorope(weights, transforms, value_factor=(basis, basis.mT))
-    raise ValueError(f"factor is {factor!r}; take selector, svd or random-orthogonal.")
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(pairs, groups, groups, 2, generator=generator, dtype=torch.float64)
+    transforms = torch.linalg.qr(torch.view_as_complex(noise))[0]
+    basis = random_orthogonal(generator, len(weights.value))
+    return rorope(weights, transforms, value_factor=(basis, basis.mT))
+
+
+def factorise(
+    weights: GroupedAttentionWeights, factor: Factor = "selector", *, seed: int = 0
+) -> FactoredAttentionWeights:
+    """The same layer with down and up factors of keys and values, keys turned after the second.
+
+    The factor of keys may mix everything with everything, so that training has more freedom at the
+    same cache; but it cannot be absorbed into the queries, for it does not commute with turning.
+
+    Args:
+        weights: The layer.
+        factor: ``"selector"``: the latents are the heads. ``"svd"``: singular vectors of the
+            projections repeated for every query head, ``"random-orthogonal"``: random ones.
+        seed: Of the random factors.
+
+    Source: TransMLA, version 1 (arXiv 2502.07864v1), section 3.
+    """
+    check_factor(factor)
+    if factor == "selector":
+        return FactoredAttentionWeights(weights)
+    generator = torch.Generator().manual_seed(seed)
+    selectors = head_selectors(weights).flatten(0, 1)
+    share = weights.num_heads / weights.num_kv_heads
+    latents, ups = {}, []
+    for name in ("key", "value"):
+        matrix, bias = getattr(weights, name).double(), getattr(weights, f"{name}_bias")
+        if factor == "svd":
+            basis, size, _ = torch.linalg.svd(matrix)
+            # A direction that no input reaches keeps its length.
+            size = torch.nn.functional.pad(size, (0, len(basis) - len(size)))
+            reached = size > size[0] * torch.finfo(size.dtype).eps * max(matrix.shape)
+            size = torch.where(reached, size.sqrt() * share**-0.25, 1.0)
+        else:
+            basis, size = random_orthogonal(generator, len(matrix)), torch.ones(1).double()
+        down = (basis / size).mT
+        latents[name] = down @ matrix
+        latents[f"{name}_bias"] = None if bias is None else down @ bias.double()
+        ups.append(selectors @ (basis * size))
+    return FactoredAttentionWeights(replace(weights, **latents), *ups)
 
 
 def rorope(
@@ -119,6 +158,18 @@ def rorope(
         turned=2 * pairs,
     )
     return assemble(weights, maps)
+
+
+def check_factor(factor: str) -> None:
+    """Refuse a factor that there is not."""
+    if factor not in get_args(Factor):
+        raise ValueError(f"factor is {factor!r}; take {', '.join(get_args(Factor))}.")
+
+
+def random_orthogonal(generator: torch.Generator, size: int) -> Tensor:
+    """``(size, size)``, fp64."""
+    noise = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(noise)[0]
 
 
 def spread_over_frequencies(transforms: Tensor) -> Tensor:

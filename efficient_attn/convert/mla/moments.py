@@ -52,7 +52,7 @@ class MomentAccumulator:
         self.weights = weights
         self.linear = weights.query_norm is None and weights.key_norm is None
         width = weights.key.shape[1] if self.linear else 2 * len(weights.key)
-        options = {"dtype": torch.float64, "device": weights.key.device}
+        options = {"dtype": torch.float64}
         heads, dim = weights.num_heads, weights.head_dim
         self._total = 0.0
         self._mean = torch.zeros(width, **options)
@@ -93,8 +93,8 @@ class MomentAccumulator:
             more = self._shares.new_zeros(w.num_heads, tokens - self._shares.shape[1])
             self._shares = torch.cat((self._shares, more), 1)
         for start in range(0, tokens, QUERY_BLOCK):
-            rows = torch.arange(start, min(start + QUERY_BLOCK, tokens), device=x.device)
-            distance = rows[:, None] - torch.arange(int(rows[-1]) + 1, device=x.device)
+            rows = torch.arange(start, min(start + QUERY_BLOCK, tokens))
+            distance = rows[:, None] - torch.arange(int(rows[-1]) + 1)
             hidden = (distance < 0) | (distance >= (w.window or tokens))
             seen = slice(0, distance.shape[1])
             score = w.scale * query[:, rows] @ key[:, seen].mT

@@ -10,6 +10,7 @@ takes queries, keys and distances to be independent of each other.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -70,12 +71,10 @@ class Reading:
             MeanProduct(moments.distances, *pair)
             for pair in ((cache, cache), (head, cache), (head, head))
         )
-        one = torch.eye(len(self.mean), dtype=torch.float64)
-        width = rank + 2 * len(frequencies)
-        self.mean_turn_of_head = moments.distances.mean(
-            one[: weights.head_dim, : weights.head_dim], head
+        self.mean_turn_of_head, self.mean_turn_of_cache = (
+            moments.distances.mean(torch.eye(width, dtype=torch.float64), turning)
+            for width, turning in ((weights.head_dim, head), (rank + 2 * len(frequencies), cache))
         )
-        self.mean_turn_of_cache = moments.distances.mean(one[:width, :width], cache)
         self.center_keys, self.center_values = center_keys, center_values
         self.damping = damping
 
@@ -130,16 +129,28 @@ class Reading:
 
     def _key_moments(self, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean products of the turned cache, of turned keys with it, and with themselves."""
-        keys, second = self.keys, self.second
-        inner = self._of_cache.moment(down @ second @ down.mT)
-        cross = self._of_head_and_cache.moment(keys @ second @ down.mT)
-        target = self._of_head.moment(keys @ second @ keys.mT)
+        seen = self.second @ down.mT
+        inner = self._of_cache.moment(down @ seen)
+        cross = self._of_head_and_cache.moment(self.keys @ seen)
+        target = self._target
         if self.center_keys:
             cached = self.mean_turn_of_cache @ (down @ self.mean)[:, None]
-            key = self.mean_turn_of_head @ (keys @ self.mean)[..., None]
+            key = self.mean_turn_of_head @ (self.keys @ self.mean)[..., None]
             inner = inner - cached @ cached.mT
             cross, target = cross - key @ cached.mT, target - key @ key.mT
         return inner, cross, target
+
+    @cached_property
+    def _target(self) -> Tensor:
+        """Mean products of turned keys."""
+        return self._of_head.moment(self.keys @ self.second @ self.keys.mT)
+
+    @cached_property
+    def _whitening(self) -> tuple[Tensor, Tensor]:
+        """What makes the covariance one, and its inverse."""
+        variance, axes = torch.linalg.eigh(self.covariance)
+        variance = variance.clamp(min=variance[-1] * 1e-12)
+        return (axes * variance.rsqrt()) @ axes.mT, (axes * variance.sqrt()) @ axes.mT
 
     def _solve(self, inner: Tensor, cross: Tensor) -> Tensor:
         """``cross @ inner^-1`` for positive ``inner``, damped."""
@@ -153,9 +164,7 @@ class Reading:
 
         In coordinates in which the covariance ``C`` is one, the mean ``m`` is one direction.
         """
-        variance, axes = torch.linalg.eigh(self.covariance)
-        variance = variance.clamp(min=variance[-1] * 1e-12)
-        shrink, stretch = ((axes * s) @ axes.mT for s in (variance.rsqrt(), variance.sqrt()))
+        shrink, stretch = self._whitening
         mean = shrink @ self.mean
         size = mean.square().sum()
         mean = mean / size.sqrt().clamp(min=1e-300)

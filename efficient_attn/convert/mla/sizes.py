@@ -16,7 +16,7 @@ from efficient_attn.convert.mla.pairs import pairs_of
 from efficient_attn.convert.mla.rotation import components, errors_of_turning
 
 # Sizes of the turned part that are tried.
-STEPS = 12
+STEPS = 8
 
 
 def candidate_rope_dims(weights: GroupedAttentionWeights, numbers: int) -> list[int]:

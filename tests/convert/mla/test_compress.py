@@ -275,6 +275,18 @@ def test_more_numbers_and_more_rounds_never_cost():
     assert by_rounds[0] > by_rounds[-1]
 
 
+def test_leaving_means_out_never_costs():
+    """Under the error that a softmax sees, means of keys are free, and so are those of values."""
+    source = layer()
+    found = {}
+    for center in (True, False):
+        options = replace(PLAIN, shrink=True, center=center)
+        _, down, readers = reading_of(source, options, rank=7, rope_dim=0)
+        judge, _, _ = reading_of(source, replace(options, center=True), rank=7, rope_dim=0)
+        found[center] = sum(judge.errors(down, readers))
+    assert found[True] < found[False]
+
+
 def test_the_error_of_principal_components_is_the_tail_of_eigenvalues():
     """With nothing turned in the source, what a rank leaves is what its eigenvalues tell."""
     source = layer(inverse_frequencies=torch.zeros(0, dtype=torch.float64))

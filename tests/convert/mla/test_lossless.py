@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efficient_attn.convert.mla import exact, rorope
+from efficient_attn.convert.mla import exact, factorise, rorope
 from efficient_attn.convert.mla.lossless import spread_over_frequencies
 from efficient_attn.convert.mla.pairs import pairs_of, rows_of_pairs
 from tests.convert.mla.layers import FAMILIES, layer
@@ -35,6 +37,37 @@ def assert_same(source, made, tolerance=1e-12, tokens=40):
 def test_exact_changes_nothing(family, factor):
     source = layer(**FAMILIES[family])
     assert_same(source, exact(source, factor))
+
+
+def expanded(made):
+    """A factored layer as one with a key and a value head for each query head."""
+    latents = made.latents
+    changed = {"num_kv_heads": latents.num_heads}
+    for name, up in (("key", made.key_up), ("value", made.value_up)):
+        bias = getattr(latents, f"{name}_bias")
+        changed[name] = up @ getattr(latents, name)
+        changed[f"{name}_bias"] = None if bias is None else up @ bias
+    return replace(latents, **changed)
+
+
+@every_family
+@pytest.mark.parametrize("factor", ["svd", "random-orthogonal"])
+def test_factors_before_turning_change_nothing(family, factor):
+    source = layer(**FAMILIES[family])
+    made = factorise(source, factor)
+    assert made.latents.key.shape == source.key.shape
+    x = torch.randn(20, source.query.shape[1], dtype=torch.float64)
+    expected = grouped_output(source, x)
+    error = (grouped_output(expanded(made), x) - expected).abs().max()
+    assert error < 1e-12 * expected.abs().max()
+
+
+def test_singular_factors_share_the_size_of_the_projection():
+    source = layer(width=40)
+    assert factorise(source).key_up is None
+    made = factorise(source, "svd")
+    down, up = made.latents.key, made.key_up
+    torch.testing.assert_close(down @ down.mT, up.mT @ up)
 
 
 @every_family
@@ -133,5 +166,5 @@ def test_the_same_seed_gives_the_same_bytes():
 def test_wrong_transforms_are_refused():
     with pytest.raises(ValueError, match=r"takes \(4, 3, 3\)"):
         rorope(layer(), torch.eye(3))
-    with pytest.raises(ValueError, match="selector, svd or random-orthogonal"):
+    with pytest.raises(ValueError, match="selector, svd, random-orthogonal"):
         exact(layer(), "lu")
