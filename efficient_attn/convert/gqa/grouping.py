@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from einops import einsum, rearrange
+from einops import rearrange
 from torch import Tensor
 
 from efficient_attn.convert.attention_weights import GroupedAttentionWeights
@@ -39,6 +39,12 @@ class GroupedLayer:
     query_order: Tensor
     key_error: float
     value_error: float
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """Query heads of each head that is left."""
+        share = self.weights.num_heads // sum(map(len, self.groups))
+        return [share * len(group) for group in self.groups]
 
     @property
     def is_even(self) -> bool:
@@ -78,7 +84,7 @@ def group_layer(
         ValueError: The number of heads does not fit, or a name is unknown.
     """
     count = weights.num_kv_heads
-    _check(count, num_kv_heads, partition, pooling)
+    check_grouping(count, num_kv_heads, partition, pooling)
     width = weights.key.shape[1]
     second = standard_moment(width) if moments is None else moments.second
     kinds = heads_of(weights, second)
@@ -158,15 +164,10 @@ def _assemble(
     )
     for name in ("query", "query_bias"):
         changed[name] = _read_by_queries(getattr(weights, name), key_read, order, weights.num_heads)
-    output = weights.output
-    per_head = rearrange(output, "o (h d) -> h o d", h=weights.num_heads)[order]
-    shift = _by_query_head_shift(value_pools, share)
-    if shift is not None:
-        constant = einsum(per_head.double(), shift, "h o d, h d -> o")
-        changed["output_bias"] = _like(weights.output_bias.double() + constant, weights.output_bias)
+    per_head = rearrange(weights.output, "o (h d) -> h o d", h=weights.num_heads)[order]
     if value_read is not None:
         per_head = per_head.double() @ value_read
-    changed["output"] = _like(rearrange(per_head, "h o d -> o (h d)"), output)
+    changed["output"] = _like(rearrange(per_head, "h o d -> o (h d)"), weights.output)
     return replace(weights, **changed)
 
 
@@ -207,21 +208,12 @@ def _by_query_head(pools: list[Pool], share: int) -> Tensor:
     return torch.cat(found).repeat_interleave(share, dim=0)
 
 
-def _by_query_head_shift(pools: list[Pool], share: int) -> Tensor | None:
-    if all(each.shift is None for each in pools):
-        return None
-    shifts = [
-        each.write.new_zeros(each.write.shape[1:]) if each.shift is None else each.shift
-        for each in pools
-    ]
-    return torch.cat(shifts).repeat_interleave(share, dim=0)
-
-
 def _like(x: Tensor, original: Tensor) -> Tensor:
     return x.to(original.dtype).contiguous()
 
 
-def _check(count: int, wanted: int, partition: str | Sequence[int], pooling: str) -> None:
+def check_grouping(count: int, wanted: int, partition: str | Sequence[int], pooling: str) -> None:
+    """Refuse with a ValueError what :func:`group_layer` cannot do to ``count`` heads."""
     if isinstance(wanted, bool) or not isinstance(wanted, int) or not 1 <= wanted <= count:
         raise ValueError(
             f"num_kv_heads is {wanted!r}; the layer has {count} key/value heads, so it must be a "

@@ -31,7 +31,6 @@ class Heads:
         pairs: Rotary pairs ``F``: channels ``f`` and ``f + F``, for ``f < F``, turn together.
         mixable: Whether what reads the heads can undo a map of them.
         ignores_shift: Whether a constant added to a head changes nothing.
-        folds_shift: Whether a constant that a head lacks can be made good.
     """
 
     second: Tensor
@@ -40,7 +39,6 @@ class Heads:
     pairs: int = 0
     mixable: bool = True
     ignores_shift: bool = False
-    folds_shift: bool = False
 
     def __getitem__(self, chosen: list[int]) -> Heads:
         """Some of the heads."""
@@ -56,14 +54,11 @@ class Heads:
         return self.second.shape[1]
 
     @property
-    def covariance(self) -> Tensor:
-        """Second moments about the mean, ``(n, d, n, d)``."""
-        return self.second - einsum(self.mean, self.mean, "n d, m e -> n d m e")
-
-    @property
     def moment(self) -> Tensor:
         """Second moments of what matters, ``(n, d, n, d)``: about the mean if shifts do not."""
-        return self.covariance if self.ignores_shift else self.second
+        if not self.ignores_shift:
+            return self.second
+        return self.second - einsum(self.mean, self.mean, "n d, m e -> n d m e")
 
     @property
     def energy(self) -> float:
@@ -105,7 +100,6 @@ def heads_of(weights: GroupedAttentionWeights, second: Tensor) -> tuple[Heads, H
     values = Heads(
         *_moments(value, second),
         metric=_invertible(output.mT @ output),
-        folds_shift=weights.output_bias is not None,
     )
     return keys, values
 

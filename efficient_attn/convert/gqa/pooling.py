@@ -16,7 +16,7 @@ from torch import Tensor
 from efficient_attn.convert.gqa.heads import Heads
 
 ROUNDS = 100
-CONVERGED = 1e-9
+CONVERGED = 1e-6
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,10 @@ class Pool:
     Attributes:
         write: ``(d, m, d)``; ``c`` is the sum of ``write[:, h] @ head[h]``.
         read: ``(m, d, d)``; ``read[h] @ c`` stands for head ``h``. None for identities.
-        shift: ``(m, d)``, added to what is read; None for zeros.
     """
 
     write: Tensor
     read: Tensor | None = None
-    shift: Tensor | None = None
 
 
 def mean(heads: Heads) -> Pool:
@@ -81,19 +79,12 @@ def svd(heads: Heads) -> Pool:
         for whole keys, which their rotation does not allow.
     """
     eye = torch.eye(heads.dim, dtype=torch.float64, device=heads.second.device)
-    return _principal(heads, heads.moment, eye.expand(len(heads), -1, -1))
+    return _principal(heads, eye.expand(len(heads), -1, -1))
 
 
 def fitted(heads: Heads) -> Pool:
-    """As ``svd``, but least in the error of scores and of the layer's output.
-
-    Where the output projection has a bias, the mean of values is kept exactly.
-    """
-    if not heads.folds_shift:
-        return _principal(heads, heads.moment, heads.metric)
-    pool = _principal(heads, heads.covariance, heads.metric)
-    shared = einsum(pool.write, heads.mean, "e m d, m d -> e")
-    return Pool(pool.write, pool.read, heads.mean - pool.read @ shared)
+    """As ``svd``, but least in the error of scores and of the layer's output."""
+    return _principal(heads, heads.metric)
 
 
 POOLINGS: dict[str, Callable[[Heads], Pool]] = {
@@ -118,9 +109,9 @@ def cost(heads: Heads, pool: Pool) -> float:
     read = eye.expand(count, -1, -1) if pool.read is None else pool.read
     left = -einsum(read, pool.write, "n d e, e m f -> n d m f")
     left.diagonal(dim1=0, dim2=2).add_(eye.unsqueeze(-1))
-    moment = heads.moment if pool.shift is None else heads.covariance
     flat = left.reshape(count * dim, -1)
-    error = (flat @ moment.reshape(count * dim, -1) @ flat.mT).view(count, dim, count, dim)
+    error = flat @ heads.moment.reshape(count * dim, -1) @ flat.mT
+    error = error.view(count, dim, count, dim)
     return max(float(einsum(error, heads.metric, "n d n e, n d e ->")), 0.0)
 
 
@@ -182,12 +173,12 @@ def _align(moment: Tensor) -> Tensor:
     return rotations
 
 
-def _principal(heads: Heads, moment: Tensor, metric: Tensor) -> Pool:
+def _principal(heads: Heads, metric: Tensor) -> Pool:
     """Least-squares reading of heads from ``d`` numbers, errors weighed by ``metric``."""
     if not heads.mixable:
         return mean(heads)
     pairs = heads.pairs
-    turned, rest = _parts(moment, pairs)
+    turned, rest = _parts(heads.moment, pairs)
     gain = metric.diagonal(dim1=1, dim2=2)[:, :pairs].sqrt().mT
     write, read = _components_of_pairs(turned, gain)
     rest_write, rest_read = _components(rest, metric[:, 2 * pairs :, 2 * pairs :])

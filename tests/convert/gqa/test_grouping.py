@@ -147,18 +147,15 @@ def test_maps_that_do_not_commute_with_the_rotation_are_not_used(pooling):
     same_function(plain, group_layer(plain, 3, partition=[0, 1, 2, 0, 1, 2], pooling=pooling))
 
 
-def test_a_constant_that_heads_differ_by_goes_to_the_output_bias_or_nowhere():
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_a_constant_that_all_keys_have_in_common_is_lost_without_harm(pooling):
+    """Softmax does not see it, unless a rotation makes it depend on positions."""
     weights = copies(layer(pairs=0, groups=3, biases=True), [0, 1, 2, 0, 1, 2])
-    for name in ("key", "value"):
-        bias = torch.randn(6 * DIM, dtype=torch.float64)
-        weights = replace(weights, **{f"{name}_bias": bias})
-    partition = [0, 1, 2, 0, 1, 2]
-    calibrated = {"partition": partition, "moments": moments(tokens(300))}
-    same_function(weights, group_layer(weights, 3, pooling="fitted", **calibrated))
-    average = group_layer(weights, 3, pooling="mean", **calibrated)
-    assert average.key_error < 1e-9, "softmax does not see what all keys have in common"
-    assert average.value_error > 0.01
-    assert torch.equal(average.weights.output_bias, weights.output_bias)
+    weights = replace(weights, key_bias=torch.randn(6 * DIM, dtype=torch.float64))
+    options = {"pooling": pooling, "moments": moments(tokens(300)), "partition": [0, 1, 2, 0, 1, 2]}
+    same_function(weights, group_layer(weights, 3, **options))
+    rotary = replace(weights, inverse_frequencies=torch.tensor([1.0, 0.5]).double())
+    assert error_of(rotary, group_layer(rotary, 3, **options), tokens()) > 0.01
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -206,13 +203,6 @@ def test_the_errors_told_are_those_of_the_tokens(kind, pooling):
     before = weights.output.view(WIDTH, HEADS, DIM)[:, order].permute(1, 2, 0)
     after = grouped.weights.output.view(WIDTH, HEADS, DIM).permute(1, 2, 0)
     truth, got = value @ before, shared @ after
-    if grouped.weights.output_bias is not None:
-        shift = grouped.weights.output_bias - weights.output_bias
-        # The bias is one for all heads; each head's part of it is what its mean lacks.
-        missing = (truth - got).mean(1).sum(0)
-        if pooling == "fitted":
-            torch.testing.assert_close(shift, missing)
-            got = got + (truth - got).mean(1, keepdim=True)
     measured = float((got - truth).square().sum() / truth.square().sum())
     assert measured == pytest.approx(grouped.value_error, rel=1e-3)
 
