@@ -107,6 +107,54 @@ def mla(
 
 
 @app.command()
+def gqa(
+    src: Src,
+    dst: Dst,
+    num_kv_heads: Annotated[int, typer.Option(help="Key and value heads that are left.")],
+    partition: Annotated[
+        str, typer.Option(help="Who shares: consecutive, clustered, searched or searched-even.")
+    ] = "searched-even",
+    pooling: Annotated[
+        str, typer.Option(help="What is shared: mean, first, norm, aligned, svd or fitted.")
+    ] = "fitted",
+    calib: Annotated[
+        Path | None, typer.Option(help="A text to fit heads to; keep it apart from --text.")
+    ] = None,
+    calib_tokens: Annotated[int, typer.Option(help="Tokens of it to use.", min=2)] = 65536,
+    seed: Annotated[int, typer.Option(help="Of the search for groups.")] = 0,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, ...; by default the source's.")
+    ] = None,
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    force: Force = False,
+    report: Report = None,
+    text: Text = None,
+    text_tokens: Tokens = 16384,
+    max_kl: MaxKl = None,
+    max_ppl_ratio: MaxPplRatio = None,
+) -> None:
+    """To fewer key and value heads (GQA), which stock classes load where groups are even."""
+    carry_out(
+        src,
+        dst,
+        "gqa",
+        {"dry_run": dry_run, "resume": resume, "force": force},
+        {
+            "num_kv_heads": num_kv_heads,
+            "partition": partition,
+            "pooling": pooling,
+            "calib": calib,
+            "calib_tokens": calib_tokens,
+            "seed": seed,
+            "dtype": dtype,
+        },
+        report,
+        (text, text_tokens, max_kl, max_ppl_ratio),
+    )
+
+
+@app.command()
 def diffqkv(
     src: Src,
     dst: Dst,

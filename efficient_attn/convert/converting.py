@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from efficient_attn.convert import to_diffqkv, to_mla
+from efficient_attn.convert import to_diffqkv, to_gqa, to_mla
 from efficient_attn.convert.activations import Activations
 from efficient_attn.convert.pipeline import Conversion, check_apart, open_source, run
 from efficient_attn.convert.report import ConversionReport
@@ -34,6 +34,7 @@ class Method:
 
 METHODS = {
     "diffqkv": Method(to_diffqkv.plan, to_diffqkv.DiffQKVOptions),
+    "gqa": Method(to_gqa.plan, to_gqa.GqaOptions, calibrates=True),
     "mla": Method(to_mla.plan, to_mla.MlaOptions, calibrates=True),
 }
 CALIBRATION_LENGTH = 512
@@ -58,7 +59,7 @@ def convert(
         src: A folder with ``config.json`` and safetensors, of a family that
             :data:`efficient_attn.convert.families.FAMILIES` knows.
         dst: Folder of the output. It appears when all of it is there.
-        to: What to convert to: ``"mla"`` or ``"diffqkv"``.
+        to: What to convert to: ``"mla"``, ``"gqa"`` or ``"diffqkv"``.
         calib: What a lossy conversion is fitted to: a file of text, or rows of tokens ``(B, N)``.
             Measure the result on another text.
         calib_tokens: How many tokens of the file to use, in rows of 512.
@@ -66,7 +67,8 @@ def convert(
         resume: Go on with a conversion that was interrupted; it ends with the same bytes.
         force: Replace a checkpoint that is at ``dst``.
         progress: Show a progress bar.
-        options: Of the method: the fields of :class:`efficient_attn.convert.to_mla.MlaOptions` or
+        options: Of the method: the fields of :class:`efficient_attn.convert.to_mla.MlaOptions`,
+            :class:`efficient_attn.convert.to_gqa.GqaOptions` or
             :class:`efficient_attn.convert.to_diffqkv.DiffQKVOptions`.
 
     Returns:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,14 +95,27 @@ class Site:
                 learn_average(getattr(module, name), grouped.groups, learned)
         _overwrite(getattr(module, self.query), weights.query, weights.query_bias)
         _overwrite(self.output, weights.output, weights.output_bias)
-        if grouped.is_even:
-            module.num_key_value_groups = self.num_heads // weights.num_kv_heads
-        else:
-            # What repeats keys by a number must not find one.
-            vars(module).pop("num_key_value_groups", None)
-            index = grouped.head_map.q_to_k.to(weights.key.device)
-            module.register_buffer("q_to_kv", index)
-            module.register_forward_pre_hook(_refuse_other_attention)
+        self.tell(grouped.group_sizes)
+
+    def make_room(self, group_sizes: Sequence[int]) -> None:
+        """Give the layer projections of the size of grouped ones, before they are loaded."""
+        head_dim = len(getattr(self.module, self.key).weight) // self.num_kv_heads
+        for name in (self.key, self.value):
+            before = getattr(self.module, name)
+            rows, bias = len(group_sizes) * head_dim, before.bias is not None
+            like = {"device": before.weight.device, "dtype": before.weight.dtype}
+            setattr(self.module, name, nn.Linear(before.in_features, rows, bias=bias, **like))
+        self.tell(group_sizes)
+
+    def tell(self, group_sizes: Sequence[int]) -> None:
+        """Let the layer know how many query heads each key head serves."""
+        if len(set(group_sizes)) == 1:
+            self.module.num_key_value_groups = group_sizes[0]
+            return
+        # What repeats keys by a number must not find one.
+        vars(self.module).pop("num_key_value_groups", None)
+        self.module.kv_group_sizes = tuple(group_sizes)
+        self.module.register_forward_pre_hook(_refuse_other_attention)
 
 
 @dataclass(frozen=True)
@@ -213,7 +227,7 @@ def _separate(model: nn.Module, name: str, module: nn.Module) -> tuple[Site | No
     parts = {**{each: getattr(module, each) for each in names}, "output projection": output}
     if reasons := _not_plain(parts):
         return None, reasons
-    if hasattr(module, "q_to_kv"):
+    if hasattr(module, "kv_group_sizes"):
         return None, ["its groups are uneven already"]
     head_dim = getattr(module, "head_dim", None) or module.attention_head_size
     pairs = 0

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from efficient_attn.convert.gqa import GroupedLayer, InputMoments, group_layer
 from efficient_attn.convert.gqa.learned import PER
+from efficient_attn.integrations import switching
 from efficient_attn.integrations.attention_sites import FusedSite, Site, attention_sites
+from efficient_attn.integrations.grouped_checkpoints import grouped_record, groups_of
 
 LEARNED = "learned"
 
@@ -71,7 +74,7 @@ def group_heads(
     *,
     partition: str | Sequence[int] = "searched-even",
     pooling: str = "fitted",
-    calibration: Iterable[Mapping | Tensor] | None = None,
+    calibration: Iterable[Mapping | Tensor] | Mapping[str, InputMoments] | None = None,
     layers: Iterable[str] | None = None,
     learned_per: str = "head",
     seed: int = 0,
@@ -79,9 +82,11 @@ def group_heads(
     """Let the key and value heads of each attention layer of ``model`` be shared, in place.
 
     Layers of transformers stay what they are, with smaller projections. Even groups run under every
-    attention implementation, and those of a causal model are saved and loaded as
-    ``num_key_value_heads``; uneven ones switch the model to this package's, and refuse others. A
-    layer of timm is replaced by a :class:`~efficient_attn.layers.GroupedQueryAttention`.
+    attention implementation; uneven ones switch the model to this package's, and refuse others. A
+    causal model with even groups is saved and loaded by the stock class, as one with so many
+    ``num_key_value_heads``; what else is saved, only
+    :func:`~efficient_attn.integrations.grouped_checkpoints.load_grouped` loads. A layer of timm is
+    replaced by a :class:`~efficient_attn.layers.GroupedQueryAttention`.
 
     Args:
         model: Holds attention of Llama, Mistral, Mixtral, Qwen, BERT, RoBERTa, ViT, or of timm.
@@ -90,8 +95,8 @@ def group_heads(
         pooling: The same; or ``"learned"``: averages with weights that further training is to find,
             until :func:`efficient_attn.convert.gqa.fold_averages` is called.
         calibration: Inputs of the model, each a mapping of keyword arguments or one tensor. Tokens
-            that an ``attention_mask`` of two dimensions hides do not count. By default weights
-            alone decide.
+            that an ``attention_mask`` of two dimensions hides do not count. Or what
+            :func:`calibrate` made of them. By default weights alone decide.
         layers: Names of the layers; by default all of a known kind.
         learned_per: With ``"learned"``, what has a weight: ``"head"``, ``"row"`` or ``"column"``.
         seed: Of the search for groups.
@@ -107,7 +112,9 @@ def group_heads(
     unknown = [name for name in chosen if name not in sites]
     if unknown:
         raise ValueError(f"layers holds {unknown[0]!r}; accepted are {', '.join(sites)}.")
-    moments = {} if calibration is None else calibrate(model, calibration, chosen)
+    moments = calibration or {}
+    if not isinstance(moments, Mapping):
+        moments = calibrate(model, calibration, chosen)
     options = {
         "partition": partition,
         "pooling": "mean" if pooling == LEARNED else pooling,
@@ -170,15 +177,22 @@ def calibrate(
 def _tell_transformers(
     model: nn.Module, sites: dict[str, Site], grouped: dict[str, GroupedLayer], num_kv_heads: int
 ) -> None:
-    """Write into configurations what they can say, and switch uneven layers to our attention."""
-    even = all(layer.is_even for layer in grouped.values())
-    ours = [sites[name] for name in grouped if not isinstance(sites[name], FusedSite)]
-    for config in {id(site.module.config): site.module.config for site in ours}.values():
-        whole = all(name in grouped for name, site in sites.items() if site.module.config is config)
-        # Of uneven groups the old number stays, with which no stock class loads the new weights.
-        if hasattr(config, "num_key_value_heads") and whole and even:
+    """Write into configurations what was done, and switch uneven layers to our attention."""
+    ours = {
+        name: layer for name, layer in grouped.items() if not isinstance(sites[name], FusedSite)
+    }
+    if not ours:
+        return
+    even = all(layer.is_even for layer in ours.values())
+    configs = {id(sites[name].module.config): sites[name].module.config for name in ours}
+    for config in configs.values():
+        all_of_it = [name for name, site in sites.items() if site.module.config is config]
+        stock = hasattr(config, "num_key_value_heads") and even and ours.keys() >= {*all_of_it}
+        if stock:
             config.num_key_value_heads = num_kv_heads
-    if ours and not even:
-        from efficient_attn.integrations import switching
-
+    if len(configs) == 1 and not stock and isinstance(model, PreTrainedModel):
+        # The old number of heads stays, with which no stock class loads the new weights.
+        sizes = {name: layer.group_sizes for name, layer in ours.items()}
+        model.config.efficient_attn = grouped_record({**groups_of(model.config.to_dict()), **sizes})
+    if not even:
         switching.switch_models(model, switching.EXACT.whole)

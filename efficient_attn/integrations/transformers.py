@@ -23,6 +23,7 @@ four dimensions              complete: the layer's own order and window are alre
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 
@@ -101,7 +102,7 @@ def attention_forward(
 
     Args:
         module: The calling layer; its ``is_causal`` counts where the argument is absent, and its
-            ``q_to_kv``, if it has one, says which key and value head each query head reads.
+            ``kv_group_sizes``, if it has any, say how many query heads each key head serves.
         query: ``(B, Hq, Nq, D)``.
         key: ``(B, Hk, Nk, D)``; key and value heads are read in groups, never repeated.
         value: ``(B, Hk, Nk, Dv)``.
@@ -145,7 +146,7 @@ def attention_forward(
             'Use attn_implementation="eager" for this model, or leave this layer unpatched.',
         )
     options = {
-        "head_map": uneven_groups(module, key.shape[1]),
+        "head_map": uneven_groups(module, query.device),
         "causal": bool(causal),
         "window": (sliding_window - 1, 0) if slides and causal else None,
         "scale": scaling,
@@ -177,10 +178,15 @@ def attention_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
-def uneven_groups(module: nn.Module, num_kv_heads: int) -> HeadMap | None:
+def uneven_groups(module: nn.Module, device: torch.device) -> HeadMap | None:
     """The head map of a layer whose heads were grouped unevenly, or None for even groups."""
-    index = getattr(module, "q_to_kv", None)
-    return None if index is None else HeadMap.from_index(index, num_k_heads=num_kv_heads)
+    sizes = getattr(module, "kv_group_sizes", None)
+    return None if sizes is None else _map_of(tuple(sizes), device)
+
+
+@functools.cache
+def _map_of(sizes: tuple[int, ...], device: torch.device) -> HeadMap:
+    return HeadMap.from_group_sizes(sizes).to(device)
 
 
 def share_of_keys(lse: Tensor, s_aux: Tensor) -> Tensor:

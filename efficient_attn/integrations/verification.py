@@ -17,6 +17,7 @@ from efficient_attn.convert.verify import Comparison, verify
 from efficient_attn.errors import ConversionError
 from efficient_attn.integrations import diffqkv_model  # noqa: F401  registers its classes
 from efficient_attn.integrations.converted import load_converted
+from efficient_attn.integrations.grouped_checkpoints import load_grouped
 
 PROMPT, NEW_TOKENS = 16, 64
 
@@ -68,8 +69,11 @@ def load(folder: str | Path, *, dtype: torch.dtype | str = "auto") -> PreTrained
     Raises:
         ConversionError: The folder is not what it says, or weights are missing or left over.
     """
-    if "layers" in (Checkpoint.open(folder).config.get("efficient_attn") or {}):
+    record = Checkpoint.open(folder).config.get("efficient_attn") or {}
+    if "layers" in record:
         return load_converted(folder, dtype=dtype).eval()
+    if "groups" in record:
+        return load_grouped(folder, dtype=dtype).eval()
     model, info = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,

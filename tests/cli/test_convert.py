@@ -90,6 +90,18 @@ def test_convert_verifies_and_reports(source, made, tmp_path, target):
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
+def test_heads_are_shared_by_one_text_and_measured_on_another(source, made, tmp_path):
+    other = made.parent / "calibration.txt"
+    other.write_text("d e f g h i a b c n m l k j " * 100)
+    options = ["--num-kv-heads", 1, "--calib", other, "--calib-tokens", 128]
+    options += ["--text", made.parent / "text.txt", "--text-tokens", 128]
+    shown = run("convert", "gqa", source, tmp_path / "out", *options)
+    assert "output_error" in shown and "perplexity ratio" in shown
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_key_value_heads"] == 1
+    shown = run("convert", "gqa", source, tmp_path / "no", "--num-kv-heads", 3, code=2)
+    assert "from 1 to 2" in shown and not (tmp_path / "no").exists()
+
+
 def test_a_bound_that_is_exceeded_is_exit_code_1(source, made, tmp_path):
     out = tmp_path / "out"
     run("convert", "mla", source, out, "--dtype", "bfloat16")

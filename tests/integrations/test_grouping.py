@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from efficient_attn import UnsupportedError
+from efficient_attn import ConversionError, UnsupportedError
 from efficient_attn.convert.gqa.learned import fold_averages
 from efficient_attn.integrations.attention_sites import attention_sites
+from efficient_attn.integrations.grouped_checkpoints import groups_of, load_grouped
 from efficient_attn.integrations.grouping import calibrate, group_heads
 from tests.integrations.conftest import FAMILIES
 
@@ -162,6 +163,45 @@ def test_uneven_groups_never_load_as_even_ones(tmp_path, groups):
     model.save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="(?s)k_proj|mismatch"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "bert", "vit"])
+@pytest.mark.parametrize("of", [EVEN, UNEVEN], ids=["even", "uneven"])
+def test_what_no_stock_class_loads_is_loaded_with_its_groups(name, of, batch, tmp_path):
+    model, inputs = make(name), batch(name)
+    stock = of == EVEN and name not in ("bert", "vit")
+    if stock:  # as one layer of several
+        group_heads(model, 4, partition=of, layers=list(attention_sites(model))[:1])
+    else:
+        group_heads(model, 4, partition=of)
+    model.save_pretrained(tmp_path)
+    loaded = load_grouped(tmp_path)
+    assert type(loaded).__name__ == type(model).__name__
+    torch.testing.assert_close(run(loaded, inputs), run(model, inputs), rtol=1e-4, atol=1e-4)
+    # And once more: what was loaded is saved as it was.
+    loaded.save_pretrained(tmp_path / "again")
+    assert groups_of(load_grouped(tmp_path / "again").config.to_dict()) == groups_of(
+        model.config.to_dict()
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda groups: groups.clear(), "says nothing of groups"),
+        (lambda groups: groups.update({"model.layers.0.self_attn": "2"}), "whole numbers"),
+        (lambda groups: groups.update({"model.layers.0.self_attn": [7, 2]}), "must hold 8"),
+        (lambda groups: groups.update({"model.layers.0.self_attn": [7, 1]}), "do not fit"),
+        (lambda groups: groups.update({"nowhere": [8]}), "nowhere"),
+    ],
+)
+def test_groups_that_do_not_fit_are_refused(change, message, tmp_path):
+    model = make("llama")
+    group_heads(model, 4, partition=UNEVEN)
+    change(model.config.efficient_attn["groups"])
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConversionError, match=message):
+        load_grouped(tmp_path)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", "efficient_attn_hyper"])

@@ -1,0 +1,251 @@
+"""Multi-head and grouped-query attention to fewer key and value heads, in a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from efficient_attn.convert.activations import Activations
+from efficient_attn.convert.attending import grouped_attention, in_fp32
+from efficient_attn.convert.attention_weights import GroupedAttentionWeights
+from efficient_attn.convert.gqa import GroupedLayer, InputMoments, group_layer
+from efficient_attn.convert.gqa.grouping import check_grouping
+from efficient_attn.convert.native import FORMAT
+from efficient_attn.convert.pipeline import Conversion, Part
+from efficient_attn.convert.source import FLOATING, Source
+
+
+@dataclass(frozen=True)
+class GqaOptions:
+    """How heads are to be shared; see :func:`efficient_attn.convert.gqa.group_layer`.
+
+    Args:
+        num_kv_heads: Key and value heads that are left in each layer.
+        partition: Which heads share one: ``"consecutive"``, ``"clustered"``, ``"searched"`` or
+            ``"searched-even"``.
+        pooling: What they share: ``"mean"``, ``"first"``, ``"norm"``, ``"aligned"``, ``"svd"`` or
+            ``"fitted"``.
+        seed: Of the search for groups.
+        dtype: Of the output; by default that of the source.
+    """
+
+    num_kv_heads: int
+    partition: str = "searched-even"
+    pooling: str = "fitted"
+    seed: int = 0
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (None, *FLOATING):
+            raise ValueError(f"dtype is {self.dtype!r}; take one of {', '.join(FLOATING)}.")
+
+
+def grouped_record(groups: Mapping[str, list[int]]) -> dict[str, object]:
+    """What ``config.json`` says under ``efficient_attn`` of groups that no stock class reads.
+
+    Args:
+        groups: By the name of a layer, how many query heads each key head serves.
+    """
+    return {"format": FORMAT, "conversion": "gqa", "groups": dict(groups)}
+
+
+def plan(
+    source: Source,
+    options: GqaOptions,
+    flow: Callable[[], Activations] | None = None,
+    *,
+    dry_run: bool = False,
+    progress: bool = False,
+) -> Conversion:
+    """What letting the heads of a source be shared would do.
+
+    Args:
+        source: The model.
+        options: What is wanted.
+        flow: Makes calibration tokens flow; without, weights alone decide.
+        dry_run: Compute nothing to find out.
+        progress: Unused; layers are all that takes time, and they have a bar of their own.
+
+    Raises:
+        ValueError: The number of heads does not fit, or an option has no such value.
+    """
+    config = source.config
+    count, dim, layers = (
+        config[name] for name in ("num_key_value_heads", "head_dim", "num_hidden_layers")
+    )
+    check_grouping(count, options.num_kv_heads, options.partition, options.pooling)
+    dtype = source.dtype if options.dtype is None else FLOATING[options.dtype]
+    activations = None if flow is None or dry_run else flow()
+    written = _Written(source, options, dtype, activations)
+    parts: dict[str, Callable[[], Part]] = {"embedding": written.embedding}
+    for index in range(layers):
+        parts[f"layer {index}"] = partial(written.layer, index)
+    parts["head"] = written.head
+    numbers = 2 * count * dim, 2 * options.num_kv_heads * dim
+    parameters = written.parameters()
+    warnings = list(source.warnings)
+    if options.num_kv_heads < count:
+        warnings.append("sharing heads changes the model; measure it, and train it a little.")
+        if flow is None:
+            warnings.append("no text was given to fit to (calib), so weights alone decide.")
+    return Conversion(
+        method="gqa",
+        decisions={
+            **asdict(options),
+            "dtype": str(dtype).removeprefix("torch."),
+            "calibration": None if activations is None else activations.digest,
+        },
+        parts=parts,
+        config=written.config,
+        bytes_per_token=(
+            numbers[0] * layers * source.dtype.itemsize,
+            numbers[1] * layers * dtype.itemsize,
+        ),
+        parameters=(source.parameters, parameters),
+        output_bytes=parameters * dtype.itemsize,
+        memory_bytes=written.memory_bytes(),
+        parallel={
+            str(n): tuple(
+                int(2 * max(1, heads / n) * dim * layers * kind.itemsize)
+                for heads, kind in ((count, source.dtype), (options.num_kv_heads, dtype))
+            )
+            for n in (1, 2, 4, 8)
+        },
+        warnings=warnings,
+    )
+
+
+class _Written:
+    """The tensors and the config of the output."""
+
+    def __init__(
+        self,
+        source: Source,
+        options: GqaOptions,
+        dtype: torch.dtype,
+        flow: Activations | None,
+    ) -> None:
+        self.source = source
+        self.options = options
+        self.dtype = dtype
+        self.flow = flow
+
+    def embedding(self) -> Part:
+        return self._others(["model.embed_tokens.weight"]), {}
+
+    def head(self) -> Part:
+        return self._others(self.source.outside_names()[1:]), {}
+
+    def layer(self, index: int) -> Part:
+        weights = self.source.attention(index)
+        grouped = group_layer(
+            weights,
+            self.options.num_kv_heads,
+            partition=self.options.partition,
+            pooling=self.options.pooling,
+            moments=self._moments(index),
+            seed=self.options.seed,
+        )
+        notes = {
+            "groups": " ".join("+".join(map(str, group)) for group in grouped.groups),
+            "sizes": {"query_heads": grouped.group_sizes},
+            "key_error": grouped.key_error,
+            "value_error": grouped.value_error,
+        }
+        if self.flow is not None:
+            notes["output_error"] = self._output_error(weights, grouped)
+        names = dict(
+            zip(self.source.attention_names(index), self._tensors(grouped.weights), strict=True)
+        )
+        tensors = {name: x.to(self.dtype).contiguous() for name, x in names.items()}
+        return tensors | self._others(self.source.other_names(index)), notes
+
+    def config(self, notes: Mapping[str, dict]) -> dict[str, object]:
+        prefix, name = self.source.family.layers, self.source.family.query.rpartition(".")[0]
+        groups = {
+            prefix.format(part.removeprefix("layer ")) + name: noted["sizes"]["query_heads"]
+            for part, noted in notes.items()
+            if "sizes" in noted
+        }
+        told = {
+            **self.source.checkpoint.config,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "efficient_attn": {"conversion": "gqa"},
+        }
+        if all(len(set(sizes)) == 1 for sizes in groups.values()):
+            return told | {"num_key_value_heads": self.options.num_kv_heads}
+        # With the source's number of heads, no stock class finds tensors of the shape it wants.
+        return told | {
+            "num_key_value_heads": self.source.config["num_key_value_heads"],
+            "efficient_attn": grouped_record(groups),
+        }
+
+    def parameters(self) -> int:
+        config, biases = self.source.config, self.source.family.biases(self.source.config)
+        fewer = (config["num_key_value_heads"] - self.options.num_kv_heads) * config["head_dim"]
+        rows = 2 * config["hidden_size"] + biases[1] + biases[2]
+        return self.source.parameters - config["num_hidden_layers"] * fewer * rows
+
+    def memory_bytes(self) -> int:
+        """Of a layer as read and in fp64, moments of its inputs and of its heads."""
+        config = self.source.config
+        width = config["hidden_size"]
+        heads = 2 * (config["num_attention_heads"] + config["num_key_value_heads"])
+        attention = heads * config["head_dim"] * width
+        moments = 2 * width**2 + 4 * (config["num_key_value_heads"] * config["head_dim"]) ** 2
+        layer = self.source.checkpoint.nbytes // config["num_hidden_layers"]
+        embedding = config["vocab_size"] * width
+        embedding *= self.dtype.itemsize + self.source.dtype.itemsize
+        return max(2 * layer + 8 * (2 * attention + moments), embedding)
+
+    def _moments(self, index: int) -> InputMoments | None:
+        if self.flow is None:
+            return None
+        if self.flow.layer > index:
+            self.flow.restart()
+        while self.flow.layer < index:
+            self.flow.advance()
+        found = InputMoments(self.source.config["hidden_size"])
+        for inputs in self.flow.inputs():
+            found.add(inputs)
+        return found
+
+    def _output_error(self, weights: GroupedAttentionWeights, grouped: GroupedLayer) -> float:
+        """Relative change of the layer's output on the first calibration tokens."""
+        row = next(self.flow.inputs())[0]
+        truth = grouped_attention(in_fp32(weights), row)
+        got = grouped_attention(in_fp32(_written_out(grouped)), row)
+        return float((got - truth).norm() / truth.norm().clamp(min=1e-30))
+
+    def _tensors(self, weights: GroupedAttentionWeights) -> list[Tensor]:
+        """In the order of the family's names."""
+        found = []
+        for name, has_bias in zip(
+            ("query", "key", "value", "output"),
+            self.source.family.biases(self.source.config),
+            strict=True,
+        ):
+            found.append(getattr(weights, name))
+            if has_bias:
+                found.append(getattr(weights, f"{name}_bias"))
+        if self.source.family.query_norm is not None:
+            found += [weights.query_norm, weights.key_norm]
+        return found
+
+    def _others(self, names: list[str]) -> dict[str, Tensor]:
+        return {name: x.to(self.dtype) for name, x in self.source.checkpoint.read(names).items()}
+
+
+def _written_out(grouped: GroupedLayer) -> GroupedAttentionWeights:
+    """The same layer with a key and a value head for every query head."""
+    weights, index = grouped.weights, grouped.head_map.key_index().long()
+    changed: dict[str, object] = {"num_kv_heads": weights.num_heads}
+    for name in ("key", "key_bias", "value", "value_bias"):
+        rows = getattr(weights, name)
+        if rows is not None:
+            changed[name] = rows.unflatten(0, (weights.num_kv_heads, -1))[index].flatten(0, 1)
+    return replace(weights, **changed)
