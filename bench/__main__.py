@@ -1,4 +1,4 @@
-"""`python -m bench`: list, run, generate, key-driven, replay, quality, conversion, gpu, plot .."""
+"""``python -m bench``: workloads, timings, quality of models, plots and pages of results."""
 
 from __future__ import annotations
 
@@ -241,6 +241,30 @@ def conversion(
             length=length,
             calibration_rows=calibration_rows,
         )
+    console.print(f"records: {out}")
+
+
+@app.command()
+def grouping(
+    model: Annotated[
+        list[str] | None, typer.Option(help="Only models whose name contains this; repeatable.")
+    ] = None,
+    heads: Annotated[
+        list[int] | None, typer.Option(help="Only so many heads left; repeatable.")
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens in a text, at most 512.")] = 128,
+    rows: Annotated[int, typer.Option(help="Texts for each model.")] = 64,
+    out: Output = Path("bench-out/grouping.jsonl"),
+) -> None:
+    """Measure what two trained models lose when their key and value heads are shared."""
+    from bench.grouping import MODELS, measure
+
+    models = [m for m in MODELS if not model or any(name in m.name for name in model)]
+    if not models:
+        raise typer.BadParameter(f"no model fits; there are {[m.name for m in MODELS]}.")
+    with ResultsFile(out) as results:
+        results.write({"kind": "environment", **describe("cpu")})
+        measure(results.write, models=models, counts=heads, length=length, rows=rows)
     console.print(f"records: {out}")
 
 

@@ -14,6 +14,7 @@ from bench.conversion_report import conversion_rows
 from bench.environment import ROOT
 from bench.generate import ratio_to_torch
 from bench.goals import devices, goal_rows, timings
+from bench.grouping_report import grouping_rows
 from bench.key_driven import HEADS, layer_rows
 from bench.quality_report import quality_rows
 from bench.replay import replay_rows
@@ -56,7 +57,8 @@ def markdown(records: list[dict]) -> str:
         _table(HEADS, layer_rows(records)),
         _replay_table(records),
     ]
-    for heading, (heads, *rows) in (*quality_rows(records), *conversion_rows(records)):
+    quoted = (*quality_rows(records), *conversion_rows(records), *grouping_rows(records))
+    for heading, (heads, *rows) in quoted:
         tables.append(f"**{heading}**\n\n{_table(heads, rows)}")
     return "\n\n".join([_origin(records), *(table for table in tables if table)])
 

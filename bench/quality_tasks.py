@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -39,6 +39,15 @@ class LanguageModel:
         self.length = length
         self.text = _first(rows * length, files).view(rows, length)
         self.exact = self._losses(self.text)
+        self._tokenizer = tokenizer
+
+    def other_text(self, rows: int) -> Tensor:
+        """Rows of running text from files that no result is measured on."""
+        from examples.corpus import python_sources
+
+        texts = (text for _, text in python_sources("calibration"))
+        files = (self._tokenizer(text, verbose=False)["input_ids"] for text in texts)
+        return _first(rows * self.length, files).view(rows, self.length)
 
     def result(self) -> dict:
         """Loss and perplexity, and what the attention of the moment adds to that of exact."""
@@ -88,15 +97,21 @@ class Encoder:
         self.model = AutoModel.from_pretrained(folder).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
         self.length = length
-        texts = (
-            tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        self._tokens = [
+            token
             for text in topics.values()
-        )
-        inner = _first(rows * (length - 2), texts).view(rows, -1)
-        ends = (tokenizer.cls_token_id, tokenizer.sep_token_id)
-        first, last = (torch.full((rows, 1), token) for token in ends)
-        self.text = torch.cat([first, inner, last], dim=1)
+            for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ]
+        self._ends = (tokenizer.cls_token_id, tokenizer.sep_token_id)
+        self.text = self._rows(self._tokens[: rows * (length - 2)])
         self.exact = self._hidden()
+
+    def other_text(self, rows: int) -> Tensor:
+        """Rows of help texts from the end, where no result is measured."""
+        count = rows * (self.length - 2)
+        if count + len(self.text) * (self.length - 2) > len(self._tokens):
+            raise ValueError(f"{rows} more rows are wanted, and there is not so much text.")
+        return self._rows(self._tokens[-count:])
 
     def result(self) -> dict:
         """Cosines of the mean embedding and of those of each token, averaged."""
@@ -109,12 +124,17 @@ class Encoder:
             "token_cosine": float(cosine(hidden, self.exact, dim=-1).mean()),
         }
 
+    def _rows(self, tokens: list[int]) -> Tensor:
+        inner = torch.tensor(tokens).view(-1, self.length - 2)
+        first, last = (torch.full((len(inner), 1), token) for token in self._ends)
+        return torch.cat([first, inner, last], dim=1)
+
     @torch.no_grad()
     def _hidden(self) -> Tensor:
         return torch.cat([self.model(batch).last_hidden_state for batch in self.text.split(4)])
 
 
-def _first(count: int, texts: Iterator[list[int]]) -> Tensor:
+def _first(count: int, texts: Iterable[list[int]]) -> Tensor:
     """So many tokens of texts, one after the other."""
     tokens: list[int] = []
     for text in texts:

@@ -21,7 +21,7 @@ by ``train --more``.
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
@@ -249,12 +249,19 @@ def train_step(
     batch: Tensor,
     rate: float,
     pool: Executor,
+    loss_of: Callable[[Tensor], Tensor] | None = None,
 ) -> float:
-    """One update of the weights; returns the loss before it."""
+    """One update of the weights; returns the loss before it.
+
+    The loss is the mean of ``loss_of`` over rows; by default, of their cross entropy.
+    """
     weights = list(model.parameters())
 
+    def cross_entropy(row: Tensor) -> Tensor:
+        return model(row[None], labels=row[None], use_cache=False).loss
+
     def of_one(row: Tensor) -> tuple[float, tuple[Tensor, ...]]:
-        loss = model(row[None], labels=row[None], use_cache=False).loss / len(batch)
+        loss = (loss_of or cross_entropy)(row) / len(batch)
         return loss.item(), torch.autograd.grad(loss, weights)
 
     losses, gradients = zip(*pool.map(of_one, batch), strict=True)
