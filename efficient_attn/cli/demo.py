@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from efficient_attn.cli import _decoding, _estimating
+from efficient_attn.cli import _compressing, _decoding, _estimating
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,7 @@ def demo(
     ] = 8192,
     benchmark: Annotated[bool, typer.Option(help="Run and draw a short benchmark.")] = True,
 ) -> None:
-    """Run a trained language model on torch's attention and on ours, and benchmark both."""
+    """Run a trained language model on torch's attention and on ours, convert it, benchmark both."""
     root = _checkout()
     _need("transformers", "matplotlib")
     out.mkdir(parents=True, exist_ok=True)
@@ -79,11 +79,19 @@ def demo(
     prompt = text.flatten()[:context][None]
     decodings = _decoding.decode(model, prompt, console)
     estimation = _estimating.estimate(model, text.flatten()[None])
+    calibration = _rows(tokenizer, "calibration", _compressing.CALIBRATION_TOKENS)
+    folder = root / "examples" / "pycode_llama"
+    converted = _compressing.convert_and_compare(folder, model, text, calibration, console)
+    trained, lossless, *_ = converted
     same = theirs.tokens == ours.tokens and len({run.tokens for run in decodings}) == 1
-    difference = abs(theirs.perplexity - ours.perplexity)
+    same = same and lossless.same_tokens == trained.same_tokens
+    difference = max(
+        abs(theirs.perplexity - ours.perplexity), abs(trained.perplexity - lossless.perplexity)
+    )
     console.print(_table(theirs, ours))
     console.print(f"decoding behind {prompt.shape[1]} cached tokens:", _decoding.table(decodings))
     console.print(str(estimation))
+    console.print("converted to latent attention:", _compressing.table(converted))
     console.print(f"same greedy tokens: {'yes' if same else 'NO'}")
     console.print(f"difference in test perplexity: {difference:.1e}")
 
@@ -92,10 +100,12 @@ def demo(
     texts = [tokenizer.decode(tokens) for tokens in ours.tokens]
     decoded = _decoding.markdown(decodings, prompt.shape[1])
     decoded += f"\n## Estimating attention\n\n{estimation}. One layer of the model, forward.\n"
+    _compressing.draw(converted, out / "conversion.png")
+    decoded += _compressing.markdown(converted, "conversion.png")
     report.write_text(_markdown(theirs, ours, same, difference, patched, texts, decoded, figure))
     console.print(f"report: {report}")
     if not same or difference > TOLERANCE:
-        console.print("[red]The two implementations disagree.[/]")
+        console.print("[red]What should be the same is not.[/]")
         raise typer.Exit(1)
 
 
@@ -127,20 +137,27 @@ def _load(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     sys.path.insert(0, str(root))
-    from examples.corpus import python_sources
-
     folder = root / "examples" / "pycode_llama"
     console.print(f"model: {folder.relative_to(root)}")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    return model, tokenizer, _rows(tokenizer, "test", test_tokens)
+
+
+def _rows(tokenizer: PreTrainedTokenizerBase, split: str, count: int) -> torch.Tensor:
+    """At most so many tokens of a split of the corpus, in rows of 512."""
+    import torch
+
+    from examples.corpus import python_sources
+
     tokens: list[int] = []
-    for _, text in python_sources("test"):
+    for _, text in python_sources(split):
         # Quietly: a file is longer than the model's context, but it is cut into rows below.
         tokens += tokenizer(text, verbose=False)["input_ids"]
-        if len(tokens) >= test_tokens:
+        if len(tokens) >= count:
             break
-    rows = min(test_tokens, len(tokens)) // 512
-    return model, tokenizer, torch.tensor(tokens[: rows * 512]).view(rows, 512)
+    rows = min(count, len(tokens)) // 512
+    return torch.tensor(tokens[: rows * 512]).view(rows, 512)
 
 
 def _run(

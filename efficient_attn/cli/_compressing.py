@@ -1,0 +1,156 @@
+"""The part of the demo that converts the model to latent attention."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.progress import track
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+    from transformers import PreTrainedModel
+
+RATIOS = (0.5, 0.25, 0.125)
+CALIBRATION_TOKENS = 16384
+PROMPT, NEW_TOKENS = 16, 48
+HEADS = ("cache", "class in transformers", "bytes/token", "test perplexity")
+
+
+@dataclass(frozen=True)
+class Converted:
+    """The model, or what became of it.
+
+    Attributes:
+        name: Its cache beside that of the model.
+        model_class: What transformers makes of its folder.
+        bytes_per_token: What its cache holds of a token.
+        loss: On text that nothing was chosen on, in nats per token.
+        same_tokens: How many greedy tokens are those of the model, before the first that differs.
+    """
+
+    name: str
+    model_class: str
+    bytes_per_token: int
+    loss: float
+    same_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """Exponential of the loss."""
+        return math.exp(self.loss)
+
+
+def convert_and_compare(
+    folder: Path,
+    model: PreTrainedModel,
+    text: torch.Tensor,
+    calibration: torch.Tensor,
+    console: Console,
+) -> list[Converted]:
+    """Convert a model without loss and to smaller caches, and measure what was written.
+
+    Args:
+        folder: Its checkpoint.
+        model: The same, loaded.
+        text: Rows of tokens to measure on.
+        calibration: Rows of tokens that the smaller caches are fitted to.
+        console: Shows the progress.
+    """
+    from efficient_attn.convert import convert
+    from efficient_attn.integrations.verification import load
+
+    prompt = text[:1, :PROMPT]
+    tokens, held = _greedy(model, prompt)
+    found = [Converted("as trained", type(model).__name__, held, _loss(model, text), NEW_TOKENS)]
+    lossless = ("lossless", {"mode": "rorope", "target": "hf-deepseek"})
+    smaller = (
+        (f"1/{round(1 / ratio)} of the cache",
+         {"mode": "compress", "kv_ratio": ratio, "calib": calibration})
+        for ratio in RATIOS
+    )  # fmt: skip
+    steps = track([lossless, *smaller], "converting", console=console)
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, options in steps:
+            convert(folder, Path(scratch) / "converted", "mla", force=True, **options)
+            converted = load(Path(scratch) / "converted", dtype=model.dtype)
+            written, held = _greedy(converted, prompt)
+            same = int((written == tokens).long().cumprod(0).sum())
+            kind = type(converted).__name__
+            found.append(Converted(name, kind, held, _loss(converted, text), same))
+    return found
+
+
+def _loss(model: PreTrainedModel, text: torch.Tensor) -> float:
+    import torch
+
+    with torch.no_grad():
+        losses = [float(model(rows, labels=rows).loss) * len(rows) for rows in text.split(4)]
+    return sum(losses) / len(text)
+
+
+def _greedy(model: PreTrainedModel, prompt: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The likeliest continuation, and the bytes that the cache then holds of a token."""
+    out = model.generate(
+        prompt, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    layers = out.past_key_values.layers
+    held = sum((x.keys.nbytes + x.values.nbytes) // x.keys.shape[-2] for x in layers)
+    return out.sequences[0, prompt.shape[1] :], held
+
+
+def _rows(found: Sequence[Converted]) -> list[tuple[str, ...]]:
+    return [(x.name, x.model_class, f"{x.bytes_per_token:,}", f"{x.perplexity:.2f}") for x in found]
+
+
+def table(found: Sequence[Converted]) -> Table:
+    """For the terminal."""
+    shown = Table(*HEADS)
+    for row in _rows(found):
+        shown.add_row(*row)
+    return shown
+
+
+def markdown(found: Sequence[Converted], figure: str) -> str:
+    """For the report."""
+    lines = [HEADS, ("---",) * len(HEADS), *_rows(found)]
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"""
+## Conversion to latent attention
+
+The lossless form is a checkpoint of the stock DeepSeek-V3 class; smaller caches are fitted to
+{CALIBRATION_TOKENS} tokens of other text, and nothing is trained.
+
+{rows}
+
+![perplexity against cache bytes]({figure})
+"""
+
+
+def draw(found: Sequence[Converted], path: Path) -> None:
+    """Perplexity against cache bytes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    trained, lossless, *smaller = found
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    axes.axhline(trained.perplexity, color="gray", linewidth=0.8, label="as trained")
+    points = sorted([lossless, *smaller], key=lambda x: x.bytes_per_token)
+    axes.plot(
+        [x.bytes_per_token for x in points], [x.perplexity for x in points], "o-", label="converted"
+    )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([x.bytes_per_token for x in points], [x.bytes_per_token for x in points])
+    axes.set(xlabel="cached bytes per token", ylabel="test perplexity")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
