@@ -53,8 +53,7 @@ def test_native_output_is_the_same_model(saved, tmp_path, tokens, name):
     converted = load_converted(tmp_path / "out", **options).eval()
     double = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **options).eval()
     difference = (logits(converted, tokens) - logits(double, tokens)).abs().max()
-    # Yarn's factor goes onto cosines in fp32 there, and into the weights here.
-    assert difference < (1e-5 if name == "llama-yarn" else 1e-9)
+    assert difference < 1e-9
     assert report.parameters["after"] == count(tmp_path / "out")
 
 

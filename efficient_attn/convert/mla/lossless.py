@@ -157,7 +157,10 @@ def rorope(
         value_offset=offset,
         turned=2 * pairs,
     )
-    return assemble(weights, maps)
+    # The rotary scale stays where the source has it, for it rounds there as it does there.
+    unscaled = assemble(replace(weights, rotary_scale=1.0), maps)
+    source = None if unscaled.source is None else weights
+    return replace(unscaled, rotary_scale=weights.rotary_scale, source=source)
 
 
 def check_factor(factor: str) -> None:

@@ -31,7 +31,7 @@ def latent_output(w: LatentAttentionWeights, x, *, absorbed: bool = False) -> to
         (rank, w.qk_rope_head_dim), -1
     )
     query_rope = turn_neighbours(query[..., nope:], w.inverse_frequencies)
-    score = query_rope @ turn_neighbours(key_rope, w.inverse_frequencies).mT
+    score = w.rotary_scale**2 * query_rope @ turn_neighbours(key_rope, w.inverse_frequencies).mT
     up = w.latent_up.view(heads, -1, rank)
     if absorbed:
         score = score + (query[..., :nope] @ up[:, :nope]) @ latent.mT
