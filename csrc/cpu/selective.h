@@ -1,5 +1,6 @@
 #pragma once
 
+#include "common/online_softmax.h"
 #include "common/selection.h"
 #include "cpu/decode.h"
 
@@ -31,9 +32,9 @@ struct SelectedRow : DecodePart<Value> {
 
   const Candidate<Real>* selected;  // (count), in the order of their tokens
   int64_t count, value_head;
-  Real lse;    // of all visible keys
-  Value* out;  // (value.dim), relative to the weight of what is selected
-  Real* kept;  // and that weight
+  SoftmaxState<Real> state;  // of all visible keys
+  Value* out;                // (value.dim), relative to the weight of what is selected
+  Real* kept;                // and that weight
 };
 
 }  // namespace ea::cpu

@@ -146,7 +146,7 @@ void attend_to_selected(const SelectedRow<Value>& row) {
   for (int64_t d = 0; d < row.weighted_step; ++d) row.weighted[d] = 0;
   row.fade[0] = 1;
   // A score that is not a number is never selected, but must not be hidden.
-  Real sum = row.lse == Real(-INFINITY) ? Real(0) : row.lse - row.lse;
+  Real sum = row.state.sum - row.state.sum;
   // Relative to the best, whose weight is then exact in any precision.
   Real best = Real(-INFINITY);
   for (int64_t i = 0; i < row.count; ++i) {
@@ -175,5 +175,7 @@ void attend_to_selected(const SelectedRow<Value>& row) {
   }
   row.sum[0] = sum;
   write_row<Value>(row, 0, row.out);
-  *row.kept = row.lse == Real(-INFINITY) ? Real(1) : sum * shifted_exp(best, row.lse);
+  // The log-sum-exp is rounded too coarsely to take this from.
+  *row.kept = row.state.sum == 0 ? Real(1)
+                                 : sum * shifted_exp(best, row.state.max) / row.state.sum;
 }

@@ -212,7 +212,8 @@ class Selection {
       const int64_t head = group.heads[r / group.tokens];
       const int64_t token = group.first_token + r % group.tokens;
       const int64_t at = (group.sequence * call_.heads + head) * call_.tokens + token;
-      row_.lse = call_.lse[at] = gather(group, r);
+      row_.state = gather(group, r);
+      call_.lse[at] = log_sum_exp(row_.state);
       row_.count = select();
       std::sort(candidates_.begin(), candidates_.begin() + row_.count,
                 [](const auto& a, const auto& b) { return a.token < b.token; });
@@ -226,8 +227,8 @@ class Selection {
     }
 
    private:
-    // Candidates of all splits, and the log-sum-exp of all keys.
-    Real gather(const ScoreGroup& group, int64_t r) {
+    // Candidates of all splits, and the softmax of all keys.
+    SoftmaxState<Real> gather(const ScoreGroup& group, int64_t r) {
       candidates_.clear();
       SoftmaxState<Real> state;
       for (int64_t s = 0; s < group.splits; ++s) {
@@ -237,7 +238,7 @@ class Selection {
         const auto first = sifted.candidates.begin();
         candidates_.insert(candidates_.end(), first + sifted.starts[r], first + sifted.starts[r + 1]);
       }
-      return log_sum_exp(state);
+      return state;
     }
 
     int64_t select() {
@@ -248,8 +249,8 @@ class Selection {
       }
       const auto mass = [this](const Candidate<Real>* first, const Candidate<Real>* last) {
         double sum = 0;
-        for (; first < last; ++first) sum += std::exp(first->score - row_.lse);
-        return sum;
+        for (; first < last; ++first) sum += std::exp(first->score - row_.state.max);
+        return sum / row_.state.sum;
       };
       return select_best(candidates_.data(), count, 1 - call_.dropped_mass, mass);
     }
