@@ -26,14 +26,6 @@ template <int kRows, int kVectors, typename Real>
 void multiply_tile(const Product<Real>& p) {
   using Vec = VectorFor<Real>;
   Vec sums[kRows][kVectors] = {};
-  if (p.adds) {
-    for (int r = 0; r < kRows; ++r) {
-      const Real fade = p.fade ? p.fade[r] : Real(1);
-      for (int v = 0; v < kVectors; ++v) {
-        sums[r][v] = load(p.out + r * p.out_step + v * lanes<Real>) * fade;
-      }
-    }
-  }
   const Real *a = p.a, *b = p.b;
   for (int64_t k = 0; k < p.depth; ++k, a += p.a_step, b += p.b_step) {
     Vec row[kVectors];
@@ -44,8 +36,13 @@ void multiply_tile(const Product<Real>& p) {
       for (int v = 0; v < kVectors; ++v) sums[r][v] += row[v] * factor;
     }
   }
+  // What is there is added last: in a long sum, rounding is that of the sums of parts.
   for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) store(p.out + r * p.out_step + v * lanes<Real>, sums[r][v]);
+    const Real fade = p.fade ? p.fade[r] : Real(1);
+    for (int v = 0; v < kVectors; ++v) {
+      Real* out = p.out + r * p.out_step + v * lanes<Real>;
+      store(out, p.adds ? load(out) * fade + sums[r][v] : sums[r][v]);
+    }
   }
 }
 

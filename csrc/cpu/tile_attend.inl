@@ -26,7 +26,7 @@ void soften(const AttendTile<Value>& tile, int64_t count, int64_t first_row, int
     // While nothing has been seen, any finite number in the place of the maximum gives zeros.
     const Vec shift = top[0] == nothing ? Vec{} : top[0];
     const Vec fade = exp_nonpositive(before - shift);
-    Vec sum = load(tile.sum + first_row + v) * fade;
+    Vec sum = {};
     for (t = 0; t < count; ++t) {
       const Vec weight = exp_nonpositive(load(scores + t * kTileBlock) - shift);
       store(scores + t * kTileBlock, weight);
@@ -34,7 +34,7 @@ void soften(const AttendTile<Value>& tile, int64_t count, int64_t first_row, int
     }
     store(tile.max + first_row + v, top[0]);
     store(tile.fade + first_row + v, fade);
-    store(tile.sum + first_row + v, sum);
+    store(tile.sum + first_row + v, load(tile.sum + first_row + v) * fade + sum);
   }
 }
 
