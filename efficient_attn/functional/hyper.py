@@ -9,6 +9,8 @@ from torch import Tensor
 
 from efficient_attn.config import HyperConfig
 from efficient_attn.functional import _contract as contract
+from efficient_attn.functional._hyper_heads import even_heads
+from efficient_attn.functional._hyper_ragged import each_sample, each_sequence
 from efficient_attn.head_map import HeadMap
 from efficient_attn.masking import window_limits
 from efficient_attn.planning import HyperPlan, make_plan
@@ -89,12 +91,18 @@ def hyper_attention(
     contract.check_key_lengths(key_lengths, key)
     maps = contract.resolve_map(head_map, query, key, value, heads=1, rows=query.shape[0])
     if key_lengths is not None:
-        return _each_sample(
-            query, key, value, plan, head_map, key_lengths, (True, return_lse, return_error),
+        if plan is not None:
+            raise ValueError(
+                "plan and key_lengths were both given, but a plan is for samples of one length; "
+                "pass config and seed instead."
+            )
+        results = each_sample(
+            hyper_attention, query, key, value, key_lengths, head_map, return_error,
             causal=causal, scale=scale, config=config, seed=seed,
         )  # fmt: skip
+        return _asked_for(results, (True, return_lse, return_error))
     scale = contract.resolve_scale(scale, query)
-    even_key, even_value = _even_heads(query, key, value, *maps)
+    even_key, even_value = even_heads(query, key, value, *maps)
     if plan is None:
         plan = make_plan(query, even_key, causal=causal, config=config, seed=seed)
     _check_plan(plan, query, even_key, causal)
@@ -181,7 +189,7 @@ def hyper_plan(
     else:
         value = key
         maps = contract.resolve_map(None, query, key, value, heads=1, rows=query.shape[0])
-    key, _ = _even_heads(query, key, value, *maps)
+    key, _ = even_heads(query, key, value, *maps)
     return make_plan(query, key, causal=causal, config=config, seed=seed)
 
 
@@ -240,83 +248,11 @@ def hyper_attention_varlen(
             f"{cu_seqlens_k.shape[0] - 1}; they must name the same."
         )
     contract.resolve_map(head_map, query, key, value, heads=1, rows=sequences)
-    ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    results = []
-    for i in range(sequences):
-        q = query[ends_q[i] : ends_q[i + 1]]
-        k, v = (x[ends_k[i] : ends_k[i + 1]] for x in (key, value))
-        results.append(
-            hyper_attention(
-                *(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)),
-                causal=causal,
-                scale=scale,
-                config=config,
-                seed=seed,
-                head_map=_row(head_map, i),
-                return_lse=True,
-            )
-        )
-    if not results:
-        out = query.new_zeros(0, query.shape[1], value.shape[-1])
-        return (out, query.new_zeros(0, query.shape[1]).float()) if return_lse else out
-    out = torch.cat([out[0].transpose(0, 1) for out, _ in results])
-    lse = torch.cat([lse[0].transpose(0, 1) for _, lse in results])
+    out, lse = each_sequence(
+        hyper_attention, query, key, value, cu_seqlens_q, cu_seqlens_k, head_map,
+        causal=causal, scale=scale, config=config, seed=seed,
+    )  # fmt: skip
     return (out, lse) if return_lse else out
-
-
-def _each_sample(query, key, value, plan, head_map, key_lengths, wanted, **options):
-    """One call per sample, its keys and values cut to their length."""
-    if plan is not None:
-        raise ValueError(
-            "plan and key_lengths were both given, but a plan is for samples of one length; pass "
-            "config and seed instead."
-        )
-    samples = []
-    for i, length in enumerate(key_lengths.tolist()):
-        k, v = (x[i : i + 1, :, :length] for x in (key, value))
-        options |= {"head_map": _row(head_map, i), "return_lse": True, "return_error": wanted[2]}
-        parts = [query[i : i + 1]]
-        if not options["causal"] and 0 < length < query.shape[2] == key.shape[2]:
-            # Tokens among themselves: without the padding, each stands opposite its own key.
-            parts = parts[0].split([length, query.shape[2] - length], dim=2)
-        results = [hyper_attention(q, k, v, **options) for q in parts]
-        samples.append([torch.cat(x, dim=2) for x in zip(*results, strict=True)])
-    out, lse, *error = (torch.cat(x) for x in zip(*samples, strict=True))
-    return _asked_for((out, lse, *error, None)[:3], wanted)
-
-
-def _even_heads(
-    query: Tensor, key: Tensor, value: Tensor, q_to_k: Tensor | None, q_to_v: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Keys and values with one number of heads, in even groups of query heads."""
-    counts = (key.shape[1], value.shape[1])
-    if q_to_k is None and q_to_v is None:
-        heads = math.lcm(*counts)
-        return tuple(
-            x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
-            for x in (key, value)
-        )
-    head_map = HeadMap(query.shape[1], *counts, q_to_k, q_to_v)
-    return _written_out(key, head_map.key_index(key.device)), _written_out(
-        value, head_map.value_index(value.device)
-    )
-
-
-def _written_out(x: Tensor, index: Tensor) -> Tensor:
-    """``(B, G, N, D)`` with a head for each entry of ``(H,)`` or ``(B, H)``."""
-    if index.dim() == 1:
-        return x.index_select(1, index)
-    samples = torch.arange(x.shape[0], device=x.device).unsqueeze(-1)
-    return x[samples, index]
-
-
-def _row(head_map: HeadMap | None, sample: int) -> HeadMap | None:
-    """The map of one sample, where there is one row per sample."""
-    if head_map is None:
-        return None
-    maps = (head_map.q_to_k, head_map.q_to_v)
-    k, v = (x[sample] if x is not None and x.dim() == 2 else x for x in maps)
-    return HeadMap(head_map.num_q_heads, head_map.num_k_heads, head_map.num_v_heads, k, v)
 
 
 def _check_options(config: HyperConfig, seed: int, plan: HyperPlan | None) -> None:

@@ -21,7 +21,8 @@ class HyperAttention(GroupedQueryAttention):
 
     **It is exact** for fewer keys than ``config.exact_below``, and for up to 16 queries at a time,
     which is how a cache is decoded; longer prompts behind a cache are estimated.
-    :meth:`is_exact` tells.
+    :meth:`is_exact` tells. With ``config.max_error``, heads that are less certain than it are exact
+    too, and ``exact_heads`` is how many of ``B * num_heads`` were so in the last estimated call.
 
     Source: Han et al., HyperAttention, arXiv 2310.05869.
 
@@ -66,6 +67,8 @@ class HyperAttention(GroupedQueryAttention):
         if not isinstance(self.config, HyperConfig):
             raise TypeError(f"config is a {type(config).__name__}; pass a HyperConfig.")
         self.seed = seed
+        # A tensor after the first such call, which nobody has to wait for.
+        self.exact_heads: Tensor | None = None
 
     def is_exact(self, num_queries: int, num_keys: int) -> bool:
         """Whether a call with so many tokens is computed without an estimate."""
@@ -99,7 +102,12 @@ class HyperAttention(GroupedQueryAttention):
                 [f"bias is given, and {key.shape[2]} keys are estimated, which has no bias"],
                 "Tell padding by key_lengths, or raise config.exact_below.",
             )
-        return hyper_attention(query, key, value, config=self.config, seed=self.seed, **options)
+        options |= {"config": self.config, "seed": self.seed}
+        if self.config.max_error is None:
+            return hyper_attention(query, key, value, **options)
+        out, error = hyper_attention(query, key, value, return_error=True, **options)
+        self.exact_heads = (error == 0).all(-1).sum()
+        return out
 
     def extra_repr(self) -> str:
         """That of the exact layer, the seed, and what the configuration changes."""

@@ -1,6 +1,7 @@
 """HyperAttention is the grouped layer around hyper_attention, and says when it is exact."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -140,3 +141,14 @@ def test_refusals_and_what_is_shown():
         layer(config="paper")
     shown = repr(layer(seed=9))
     assert "seed=9" in shown and "block_size=8" in shown
+
+
+def test_heads_over_the_budget_are_exact_and_counted():
+    x = tokens(batch=3)
+    for max_error, count in ((1e-9, 3 * HEADS), (1e9, 0)):
+        config = dataclasses.replace(CONFIG, max_error=max_error)
+        module = layer(causal=True, config=config)
+        assert module.exact_heads is None
+        out = module(x)
+        assert module.exact_heads.item() == count
+    assert torch.equal(out, layer(causal=True)(x))
