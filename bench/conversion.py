@@ -34,7 +34,7 @@ from efficient_attn.integrations.converted import replace_attention
 
 FOLDER = ROOT / "examples" / "pycode_llama"
 # Cached numbers per token and layer; the model has 128.
-BUDGETS = (128, 96, 64, 48, 32, 24, 16, 12, 8)
+BUDGETS = (128, 96, 64, 48, 32, 24, 16)
 PARTS = ("budget", "ladder", "lever")
 # Those at which every lever is moved: a half, a quarter and an eighth.
 PLACES = (64, 32, 16)
@@ -49,7 +49,10 @@ LEVERS = {
     "no shrinking": {"shrink": False},
     "not centred": {"center": False},
     "no bias on the output": {"output_bias": False},
+    "damped by 0.001": {"damping": 1e-3},
+    "damped by 0.01": {"damping": 1e-2},
     "not refined": {"refine": 0},
+    "refined twice as long": {"refine": 16},
     "neither refined nor refitted": {"refine": 0, "refit": False},
 }
 # From TransMLA's choices to the default, one after the other.
@@ -254,6 +257,8 @@ def _best_of_paper(specimen, record, numbers, held_out, selection) -> None:
                 made = specimen.convert(numbers, rope_dim, CompressOptions.paper(fold=fold))
                 loss = specimen.judge(made[0], selection)["change"]
                 found.append((loss, rope_dim, fold, made))
+    if not found:
+        return  # its narrowest rotary part is wider than that
     _, rope_dim, fold, made = min(found, key=lambda each: each[0])
     record("TransMLA", "budget", numbers, rope_dim, made, held_out, fold=fold, tried=len(found))
 
