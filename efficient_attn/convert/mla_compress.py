@@ -73,7 +73,7 @@ class CompressedLayers:
                 raise ConversionError(
                     f"{numbers} numbers per token and layer are too few to cache; 3 are the least."
                 )
-            candidates = candidate_rope_dims(outline, numbers)
+            candidates = candidate_rope_dims(outline, numbers, options)
             rope_dim = candidates[len(candidates) // 2]
         self._settle_on(rope_dim)
         biases = source.family.biases(source.config)

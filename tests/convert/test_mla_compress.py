@@ -232,3 +232,12 @@ def test_a_dry_run_of_a_large_model_costs_nothing(tmp_path, monkeypatch):
         # 0.21 billion more, most of it in queries.
         assert 0.20e9 < grown < 0.22e9
         assert report.memory_bytes < 4e9
+
+
+def test_a_grid_that_leaves_no_room_is_told_with_the_fold_that_would(saved, tmp_path, calib):
+    folder, _ = saved("llama")
+    options = {"mode": "compress", "kv_ratio": 0.25, "calib": calib}
+    with pytest.raises(ConversionError, match="fold=2 halves"):
+        convert(folder, tmp_path / "out", choices=CompressOptions.paper(), **options)
+    report = convert(folder, tmp_path / "out", choices=CompressOptions.paper(fold=2), **options)
+    assert report.identity["decisions"]["qk_rope_head_dim"] == 6

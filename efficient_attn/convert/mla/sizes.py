@@ -14,14 +14,34 @@ from efficient_attn.convert.mla.moments import LayerMoments
 from efficient_attn.convert.mla.options import CompressOptions
 from efficient_attn.convert.mla.pairs import pairs_of
 from efficient_attn.convert.mla.rotation import components, errors_of_turning
+from efficient_attn.errors import ConversionError
 
 # Sizes of the turned part that are tried.
 STEPS = 8
 
 
-def candidate_rope_dims(weights: GroupedAttentionWeights, numbers: int) -> list[int]:
-    """Sizes of the turned part to try within ``numbers`` cached numbers."""
-    turned = 2 * pairs_of(weights) * weights.num_kv_heads
+def candidate_rope_dims(
+    weights: GroupedAttentionWeights, numbers: int, options: CompressOptions | None = None
+) -> list[int]:
+    """Sizes of the turned part to try within ``numbers`` cached numbers.
+
+    Raises:
+        ConversionError: The frequencies are to be taken on a grid, and no grid leaves room.
+    """
+    pairs = pairs_of(weights)
+    if options is not None and options.selection == "grid":
+        counts = [
+            n for n in range(1, pairs + 1) if not pairs % n and not options.fold % (pairs // n)
+        ]
+        fitting = [2 * count for count in counts if 2 * count < numbers]
+        if not fitting:
+            raise ConversionError(
+                f"on a grid with fold {options.fold} the rotary key has at least {2 * counts[0]} "
+                f"numbers, and {numbers} are cached in all. Fold more frequencies: fold="
+                f"{2 * options.fold} halves it."
+            )
+        return fitting
+    turned = 2 * pairs * weights.num_kv_heads
     most = min(turned, numbers - 1)
     step = max(2, most // STEPS // 2 * 2)
     return sorted({*range(0, most + 1, step), most // 2 * 2})
@@ -48,7 +68,7 @@ def error_curve(
     """
     options = replace(CompressOptions() if options is None else options, refine=0)
     curve = {}
-    for rope_dim in candidate_rope_dims(weights, numbers):
+    for rope_dim in candidate_rope_dims(weights, numbers, options):
         made = compress(
             weights,
             moments,
