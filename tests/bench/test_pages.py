@@ -4,12 +4,16 @@ from dataclasses import replace
 import pytest
 
 from bench.environment import ROOT, describe
-from bench.pages import TABLE, filled
+from bench.pages import GOALS_TABLE, TABLE, filled
 from bench.suites import SUITES
 from tests.bench.test_report import result
 from tests.bench.toys import CACHE, EMPTY_GROUP, GQA
 
-QUOTING = [page for page in (ROOT / "docs").glob("*.md") if TABLE.search(page.read_text())]
+QUOTING = [
+    page
+    for page in (ROOT / "docs").glob("*.md")
+    if TABLE.search(page.read_text()) or GOALS_TABLE.search(page.read_text())
+]
 
 
 @pytest.mark.parametrize("page", QUOTING, ids=lambda page: page.name)
