@@ -24,6 +24,13 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled(request):
+    """Layers share their code, and torch compiles one piece of code a limited number of times."""
+    if "compile" in request.node.name:
+        torch._dynamo.reset()
+
+
 @pytest.fixture
 def one_thread():
     """For models so small that they lose more to a second thread than they gain by it."""
