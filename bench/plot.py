@@ -134,7 +134,8 @@ def _speedup_figure(records: list[dict]) -> plt.Figure | None:
         axes.axhline(1, color="black", linewidth=0.8)
         _log_axes(axes, lengths)
         axes.set_title(passes, fontsize=8, loc="left")
-        axes.legend(fontsize=7, frameon=False)
+        if any(of == passes for of, _, _ in lines):
+            axes.legend(fontsize=7, frameon=False)
     figure.supxlabel("tokens", fontsize=9)
     figure.supylabel("times as fast as exact attention", fontsize=9)
     figure.suptitle(_title(records), fontsize=10)
