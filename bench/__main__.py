@@ -12,6 +12,7 @@ if __name__ == "__main__":
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     keep_pages()
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -202,9 +203,7 @@ def quality(
     """Measure what HyperAttention costs two trained models, beside a window of equal cost."""
     from bench.quality import MODELS, SIZES, measure
 
-    models = [m for m in MODELS if not model or any(name in m.name for name in model)]
-    if not models:
-        raise typer.BadParameter(f"no model fits; there are {[m.name for m in MODELS]}.")
+    models = _models(MODELS, model)
     with ResultsFile(out) as results:
         results.write({"kind": "environment", **describe("cpu")})
         measure(
@@ -259,9 +258,7 @@ def grouping(
     """Measure what two trained models lose when their key and value heads are shared."""
     from bench.grouping import MODELS, measure
 
-    models = [m for m in MODELS if not model or any(name in m.name for name in model)]
-    if not models:
-        raise typer.BadParameter(f"no model fits; there are {[m.name for m in MODELS]}.")
+    models = _models(MODELS, model)
     with ResultsFile(out) as results:
         results.write({"kind": "environment", **describe("cpu")})
         measure(results.write, models=models, counts=heads, length=length, rows=rows)
@@ -339,6 +336,14 @@ def _select(device: str, suite: list[str] | None, match: str, quick: bool) -> li
         return select(device=device or None, suites=suite, match=match, quick=quick)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+
+
+def _models(known: Iterable[type], names: list[str] | None) -> list[type]:
+    """Those whose name contains one of ``names``; all of them where there are none."""
+    models = [m for m in known if not names or any(name in m.name for name in names)]
+    if not models:
+        raise typer.BadParameter(f"no model fits; there are {[m.name for m in known]}.")
+    return models
 
 
 def _providers(names: list[str] | None) -> list[Provider]:

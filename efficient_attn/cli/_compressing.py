@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,6 +50,7 @@ class Converted:
 def convert_and_compare(
     folder: Path,
     model: PreTrainedModel,
+    loss: float,
     text: torch.Tensor,
     calibration: torch.Tensor,
     console: Console,
@@ -59,16 +60,17 @@ def convert_and_compare(
     Args:
         folder: Its checkpoint.
         model: The same, loaded.
+        loss: Its loss on ``text``.
         text: Rows of tokens to measure on.
         calibration: Rows of tokens that the smaller caches are fitted to.
         console: Shows the progress.
     """
     from efficient_attn.convert import convert
-    from efficient_attn.integrations.verification import load
+    from efficient_attn.integrations.verification import likeliest, load
 
     prompt = text[:1, :PROMPT]
-    tokens, held = _greedy(model, prompt)
-    found = [Converted("as trained", type(model).__name__, held, _loss(model, text), NEW_TOKENS)]
+    tokens, held = likeliest(model, prompt, NEW_TOKENS)
+    found = [Converted("as trained", type(model).__name__, held, loss, NEW_TOKENS)]
     lossless = ("lossless", {"mode": "rorope", "target": "hf-deepseek"})
     smaller = (
         (f"1/{round(1 / ratio)} of the cache",
@@ -80,30 +82,23 @@ def convert_and_compare(
         for name, options in steps:
             convert(folder, Path(scratch) / "converted", "mla", force=True, **options)
             converted = load(Path(scratch) / "converted", dtype=model.dtype)
-            written, held = _greedy(converted, prompt)
+            written, held = likeliest(converted, prompt, NEW_TOKENS)
             same = int((written == tokens).long().cumprod(0).sum())
             kind = type(converted).__name__
-            found.append(Converted(name, kind, held, _loss(converted, text), same))
+            found.append(Converted(name, kind, held, mean_loss(converted, text.split(4)), same))
     return found
 
 
-def _loss(model: PreTrainedModel, text: torch.Tensor) -> float:
+def mean_loss(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> float:
+    """In nats per token, over rows that are equally long."""
     import torch
 
+    total = rows = 0
     with torch.no_grad():
-        losses = [float(model(rows, labels=rows).loss) * len(rows) for rows in text.split(4)]
-    return sum(losses) / len(text)
-
-
-def _greedy(model: PreTrainedModel, prompt: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """The likeliest continuation, and the bytes that the cache then holds of a token."""
-    out = model.generate(
-        prompt, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False,
-        return_dict_in_generate=True,
-    )  # fmt: skip
-    layers = out.past_key_values.layers
-    held = sum((x.keys.nbytes + x.values.nbytes) // x.keys.shape[-2] for x in layers)
-    return out.sequences[0, prompt.shape[1] :], held
+        for batch in batches:
+            total += float(model(batch, labels=batch).loss) * len(batch)
+            rows += len(batch)
+    return total / rows
 
 
 def _rows(found: Sequence[Converted]) -> list[tuple[str, ...]]:

@@ -14,6 +14,8 @@ app = typer.Typer(help="Convert the attention of a checkpoint.", no_args_is_help
 
 Src = Annotated[Path, typer.Argument(help="Folder of the model: config.json and safetensors.")]
 Dst = Annotated[Path, typer.Argument(help="Folder of the output; appears when it is complete.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ...; by default the source's.")]
+CalibTokens = Annotated[int, typer.Option(help="Tokens of it to use.", min=2)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted conversion.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the checkpoint at DST.")]
@@ -42,9 +44,7 @@ def mla(
     target: Annotated[
         str, typer.Option(help="native, hf-deepseek (stock transformers) or engine.")
     ] = "native",
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, ...; by default the source's.")
-    ] = None,
+    dtype: Dtype = None,
     kv_ratio: Annotated[
         float | None, typer.Option(help="Cached numbers per token, as a share of the source's.")
     ] = None,
@@ -53,7 +53,7 @@ def mla(
     calib: Annotated[
         Path | None, typer.Option(help="A text to fit compress to; keep it apart from --text.")
     ] = None,
-    calib_tokens: Annotated[int, typer.Option(help="Tokens of it to use.", min=2)] = 65536,
+    calib_tokens: CalibTokens = 65536,
     paper: Annotated[
         bool, typer.Option("--paper", help="The choices of TransMLA, for comparison.")
     ] = False,
@@ -120,11 +120,9 @@ def gqa(
     calib: Annotated[
         Path | None, typer.Option(help="A text to fit heads to; keep it apart from --text.")
     ] = None,
-    calib_tokens: Annotated[int, typer.Option(help="Tokens of it to use.", min=2)] = 65536,
+    calib_tokens: CalibTokens = 65536,
     seed: Annotated[int, typer.Option(help="Of the search for groups.")] = 0,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, ...; by default the source's.")
-    ] = None,
+    dtype: Dtype = None,
     dry_run: DryRun = False,
     resume: Resume = False,
     force: Force = False,
@@ -169,9 +167,7 @@ def diffqkv(
         int, typer.Option(help="Inner width of an augmented query to train; 0 for none.")
     ] = 0,
     seed: Annotated[int, typer.Option(help="Of the augmented query's first weights.")] = 0,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, ...; by default the source's.")
-    ] = None,
+    dtype: Dtype = None,
     dry_run: DryRun = False,
     resume: Resume = False,
     force: Force = False,

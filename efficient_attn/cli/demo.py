@@ -81,7 +81,9 @@ def demo(
     estimation = _estimating.estimate(model, text.flatten()[None])
     calibration = _rows(tokenizer, "calibration", _compressing.CALIBRATION_TOKENS)
     folder = root / "examples" / "pycode_llama"
-    converted = _compressing.convert_and_compare(folder, model, text, calibration, console)
+    converted = _compressing.convert_and_compare(
+        folder, model, theirs.loss, text, calibration, console
+    )
     trained, lossless, *_ = converted
     same = theirs.tokens == ours.tokens and len({run.tokens for run in decodings}) == 1
     same = same and lossless.same_tokens == trained.same_tokens
@@ -164,8 +166,6 @@ def _run(
     name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: torch.Tensor
 ) -> Run:
     """Greedy continuations and the test loss with the attention that the model has now."""
-    import torch
-
     start = time.perf_counter()
     tokens = []
     for prompt in track(PROMPTS, f"{name}: generating", console=console):
@@ -173,13 +173,10 @@ def _run(
         output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
         tokens.append(output[0].tolist())
     middle = time.perf_counter()
-    with torch.no_grad():
-        losses = [
-            float(model(batch, labels=batch).loss) * len(batch)
-            for batch in track(text.split(4), f"{name}: test perplexity", console=console)
-        ]
+    batches = track(text.split(4), f"{name}: test perplexity", console=console)
+    loss = _compressing.mean_loss(model, batches)
     end = time.perf_counter()
-    return Run(name, tokens, middle - start, sum(losses) / len(text), end - middle)
+    return Run(name, tokens, middle - start, loss, end - middle)
 
 
 def _table(*runs: Run) -> Table:

@@ -12,6 +12,7 @@ from torch import Tensor
 from efficient_attn.convert.attention_weights import LatentAttentionWeights
 from efficient_attn.convert.deepseek import DeepseekFormat, deepseek_config, is_plain_table
 from efficient_attn.convert.native import FORMAT, TABLE, native_facts, native_state
+from efficient_attn.convert.output import Output
 from efficient_attn.convert.pipeline import Part
 from efficient_attn.convert.source import Source
 
@@ -46,7 +47,7 @@ class Layers(Protocol):
     output_bias: bool
 
 
-class NativeTarget:
+class NativeTarget(Output):
     """The source's model with layers of this package in it; takes every source.
 
     Args:
@@ -59,10 +60,9 @@ class NativeTarget:
     one_table = False
 
     def __init__(self, source: Source, layers: Layers, dtype: torch.dtype) -> None:
-        self.source = source
+        super().__init__(source, dtype)
         self.layers = layers
         self.sizes = layers.sizes
-        self.dtype = dtype
 
     def reasons_to_refuse(self) -> list[str]:
         """Why the source cannot be written for this target: every reason."""
@@ -71,14 +71,6 @@ class NativeTarget:
     def warnings(self) -> list[str]:
         """What a user should know before using the output."""
         return []
-
-    def embedding(self) -> Part:
-        """What comes before the layers."""
-        return self._others(["model.embed_tokens.weight"]), {}
-
-    def head(self) -> Part:
-        """What comes after them."""
-        return self._others(self.source.outside_names()[1:]), {}
 
     def layer(self, index: int, weights: LatentAttentionWeights) -> Part:
         """One layer, and what is to be noted of it."""
@@ -92,8 +84,8 @@ class NativeTarget:
         layers = [noted["facts"] for noted in notes.values() if "facts" in noted]
         return {
             **self.source.checkpoint.config,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "torch_dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": self.dtype_name,
+            "torch_dtype": self.dtype_name,
             "efficient_attn": {"format": FORMAT, "conversion": "mla", "layers": layers},
         }
 
@@ -104,12 +96,10 @@ class NativeTarget:
 
     def memory_bytes(self) -> int:
         """What one part takes while it is made, about: in fp64, rounded, and read."""
-        config, layer = self.source.config, self._attention_parameters()
-        working = (8 + self.dtype.itemsize) * layer + LIBRARIES
+        layer = self._attention_parameters()
+        working = (8 + self.dtype.itemsize) * layer
         working += self.source.checkpoint.nbytes // self.source.num_layers
-        embedding = config["vocab_size"] * config["hidden_size"]
-        embedding *= self.dtype.itemsize + self.source.dtype.itemsize
-        return max(working, embedding + LIBRARIES)
+        return max(working, self._embedding_bytes()) + LIBRARIES
 
     def _attention(self, index: int, weights: LatentAttentionWeights) -> Part:
         state = {
@@ -117,9 +107,6 @@ class NativeTarget:
             for name, x in native_state(weights).items()
         }
         return state, {"facts": native_facts(weights)}
-
-    def _others(self, names: list[str]) -> dict[str, Tensor]:
-        return {name: x.to(self.dtype) for name, x in self.source.checkpoint.read(names).items()}
 
     def _source_attention(self) -> int:
         names = self.source.attention_names(0)
@@ -180,10 +167,9 @@ class DeepseekTarget(NativeTarget):
             reasons.append("its router renormalises the best experts, which DeepSeek's does not")
         if config.get("mlp_bias"):
             reasons.append("its MLP has biases, which DeepSeek's has not")
-        windows = {source.window(layer) for layer in range(source.num_layers)} - {None}
-        if windows and min(windows) < config["max_position_embeddings"]:
+        if source.closing_window is not None:
             reasons.append(
-                f"it attends within a window of {min(windows)} of up to "
+                f"it attends within a window of {source.closing_window} of up to "
                 f"{config['max_position_embeddings']} tokens, and DeepSeek to all of them"
             )
         return reasons

@@ -94,6 +94,13 @@ class Source:
         """Keys that a query of a layer sees, itself included; None for all before it."""
         return self.family.window(self.config, layer)
 
+    @property
+    def closing_window(self) -> int | None:
+        """The narrowest window that some sequence outgrows; None where every query sees all."""
+        windows = (self.window(layer) for layer in range(self.num_layers))
+        longest = self.config["max_position_embeddings"]
+        return min((w for w in windows if w is not None and w < longest), default=None)
+
     def attention_names(self, layer: int) -> list[str]:
         """Names of the attention tensors of a layer."""
         prefix = self.family.layers.format(layer)

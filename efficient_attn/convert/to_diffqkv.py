@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from efficient_attn.convert.diffqkv import MERGES, DiffQKVWeights, merge_key_heads, pool_value_heads
+from efficient_attn.convert.output import Output
 from efficient_attn.convert.pipeline import Conversion, Part
 from efficient_attn.convert.source import FLOATING, Source
 from efficient_attn.errors import ConversionError
@@ -66,10 +66,6 @@ def plan(source: Source, options: DiffQKVOptions) -> Conversion:
         )
     dtype = source.dtype if options.dtype is None else FLOATING[options.dtype]
     written = _Written(source, options, value_heads, dtype)
-    parts: dict[str, Callable[[], Part]] = {"embedding": written.embedding}
-    for index in range(source.num_layers):
-        parts[f"layer {index}"] = partial(written.layer, index)
-    parts["head"] = written.head
     numbers = 2 * groups * dim, (options.key_heads + value_heads) * dim
     parameters = written.parameters()
     return Conversion(
@@ -77,9 +73,9 @@ def plan(source: Source, options: DiffQKVOptions) -> Conversion:
         decisions={
             **asdict(options),
             "value_heads": value_heads,
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": written.dtype_name,
         },
-        parts=parts,
+        parts=written.parts(written.layer),
         config=written.config,
         bytes_per_token=(
             numbers[0] * source.num_layers * source.dtype.itemsize,
@@ -102,31 +98,24 @@ def _reasons_to_refuse(source: Source, key_heads: int, value_heads: int) -> list
         reasons.append("it normalises query and key heads, and the DiffQKV model does not")
     if "num_local_experts" in config:
         reasons.append("its layers have experts, and those of the DiffQKV model have none")
-    windows = {source.window(layer) for layer in range(source.num_layers)} - {None}
-    if windows and min(windows) < config["max_position_embeddings"]:
+    if source.closing_window is not None:
         reasons.append(
-            f"it attends within a window of {min(windows)} tokens, and the DiffQKV model to all"
+            f"it attends within a window of {source.closing_window} tokens, and the DiffQKV model "
+            "to all"
         )
     return reasons
 
 
-class _Written:
+class _Written(Output):
     """The tensors and the config of the output."""
 
     def __init__(
         self, source: Source, options: DiffQKVOptions, value_heads: int, dtype: torch.dtype
     ) -> None:
-        self.source = source
+        super().__init__(source, dtype)
         self.options = options
         self.value_heads = value_heads
-        self.dtype = dtype
         self.has_bias = any(source.family.biases(source.config))
-
-    def embedding(self) -> Part:
-        return self._others(["model.embed_tokens.weight"]), {}
-
-    def head(self) -> Part:
-        return self._others(self.source.outside_names()[1:]), {}
 
     def layer(self, index: int) -> Part:
         merged = merge_key_heads(
@@ -152,7 +141,7 @@ class _Written:
             "query_residual": options.augmented_query_dim > 0,
             "attention_bias": self.has_bias,
             "rope_parameters": dict(source.rope),
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": self.dtype_name,
             "efficient_attn": {"conversion": "diffqkv"},
         }
 
@@ -171,9 +160,7 @@ class _Written:
         config = self.source.config
         layer = self.source.checkpoint.nbytes // self.source.num_layers
         attention = 2 * self._query_width() + 2 * config["num_key_value_heads"] * config["head_dim"]
-        embedding = config["vocab_size"] * config["hidden_size"]
-        embedding *= self.dtype.itemsize + self.source.dtype.itemsize
-        return max(2 * layer + 4 * 8 * attention * config["hidden_size"], embedding)
+        return max(2 * layer + 4 * 8 * attention * config["hidden_size"], self._embedding_bytes())
 
     def warnings(self) -> list[str]:
         if self.options.key_heads == self.source.config["num_key_value_heads"]:
@@ -200,6 +187,3 @@ class _Written:
                 state[f"q_{name}_proj.weight"] = random * width**-0.5
             state["q_down_proj.weight"] = torch.zeros(width, inner)
         return state
-
-    def _others(self, names: list[str]) -> dict[str, Tensor]:
-        return {name: x.to(self.dtype) for name, x in self.source.checkpoint.read(names).items()}

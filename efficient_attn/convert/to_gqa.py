@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from efficient_attn.convert.attention_weights import GroupedAttentionWeights
 from efficient_attn.convert.gqa import GroupedLayer, InputMoments, group_layer
 from efficient_attn.convert.gqa.grouping import check_grouping
 from efficient_attn.convert.native import FORMAT
+from efficient_attn.convert.output import Output
 from efficient_attn.convert.pipeline import Conversion, Part
 from efficient_attn.convert.source import FLOATING, Source
 
@@ -81,10 +81,6 @@ def plan(
     dtype = source.dtype if options.dtype is None else FLOATING[options.dtype]
     activations = None if flow is None or dry_run else flow()
     written = _Written(source, options, dtype, activations)
-    parts: dict[str, Callable[[], Part]] = {"embedding": written.embedding}
-    for index in range(layers):
-        parts[f"layer {index}"] = partial(written.layer, index)
-    parts["head"] = written.head
     numbers = 2 * count * dim, 2 * options.num_kv_heads * dim
     parameters = written.parameters()
     warnings = list(source.warnings)
@@ -96,10 +92,10 @@ def plan(
         method="gqa",
         decisions={
             **asdict(options),
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": written.dtype_name,
             "calibration": None if activations is None else activations.digest,
         },
-        parts=parts,
+        parts=written.parts(written.layer),
         config=written.config,
         bytes_per_token=(
             numbers[0] * layers * source.dtype.itemsize,
@@ -119,7 +115,7 @@ def plan(
     )
 
 
-class _Written:
+class _Written(Output):
     """The tensors and the config of the output."""
 
     def __init__(
@@ -129,16 +125,9 @@ class _Written:
         dtype: torch.dtype,
         flow: Activations | None,
     ) -> None:
-        self.source = source
+        super().__init__(source, dtype)
         self.options = options
-        self.dtype = dtype
         self.flow = flow
-
-    def embedding(self) -> Part:
-        return self._others(["model.embed_tokens.weight"]), {}
-
-    def head(self) -> Part:
-        return self._others(self.source.outside_names()[1:]), {}
 
     def layer(self, index: int) -> Part:
         weights = self.source.attention(index)
@@ -173,7 +162,7 @@ class _Written:
         }
         told = {
             **self.source.checkpoint.config,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": self.dtype_name,
             "efficient_attn": {"conversion": "gqa"},
         }
         if all(len(set(sizes)) == 1 for sizes in groups.values()):
@@ -198,9 +187,7 @@ class _Written:
         attention = heads * config["head_dim"] * width
         moments = 2 * width**2 + 4 * (config["num_key_value_heads"] * config["head_dim"]) ** 2
         layer = self.source.checkpoint.nbytes // config["num_hidden_layers"]
-        embedding = config["vocab_size"] * width
-        embedding *= self.dtype.itemsize + self.source.dtype.itemsize
-        return max(2 * layer + 8 * (2 * attention + moments), embedding)
+        return max(2 * layer + 8 * (2 * attention + moments), self._embedding_bytes())
 
     def _moments(self, index: int) -> InputMoments | None:
         if self.flow is None:
@@ -235,9 +222,6 @@ class _Written:
         if self.source.family.query_norm is not None:
             found += [weights.query_norm, weights.key_norm]
         return found
-
-    def _others(self, names: list[str]) -> dict[str, Tensor]:
-        return {name: x.to(self.dtype) for name, x in self.source.checkpoint.read(names).items()}
 
 
 def _written_out(grouped: GroupedLayer) -> GroupedAttentionWeights:

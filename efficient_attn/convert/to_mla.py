@@ -151,16 +151,12 @@ def plan(
         layers.settle(activations, one_table=target.one_table, progress=progress)
         target = make_target(source, layers, dtype)
         after = layers.sizes.kv_lora_rank + layers.sizes.qk_rope_head_dim
-    parts: dict[str, Callable[[], Part]] = {"embedding": target.embedding}
-    for index in range(source.num_layers):
-        parts[f"layer {index}"] = partial(_layer, layers, target, index)
-    parts["head"] = target.head
     count, element = source.num_layers, dtype.itemsize
-    told = {"dtype": str(dtype).removeprefix("torch."), "calibration": calibrated}
+    told = {"dtype": target.dtype_name, "calibration": calibrated}
     return Conversion(
         method="mla",
         decisions={**asdict(options), **told, **asdict(layers.sizes)},
-        parts=parts,
+        parts=target.parts(partial(_layer, layers, target)),
         config=target.config,
         bytes_per_token=(before * count * source.dtype.itemsize, after * count * element),
         parameters=(source.parameters, target.parameters()),

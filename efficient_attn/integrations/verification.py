@@ -110,7 +110,7 @@ def verify_folders(
     batches = tqdm(rows.split(batch), unit="batch", desc="comparing", disable=not progress)
     comparison = verify(*(_logits(model) for model in models.values()), batches)
     prompt = rows[:1, :PROMPT]
-    found = {side: _continue(model, prompt) for side, model in models.items()}
+    found = {side: likeliest(model, prompt, NEW_TOKENS) for side, model in models.items()}
     before, after = (tokens for tokens, _ in found.values())
     differ = (before != after).nonzero()
     return Verification(
@@ -126,13 +126,13 @@ def _logits(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     return lambda tokens: model(tokens, use_cache=False).logits
 
 
-def _continue(model: PreTrainedModel, prompt: Tensor) -> tuple[Tensor, int]:
-    """The likeliest continuation, and the bytes that its cache holds per token."""
+def likeliest(model: PreTrainedModel, prompt: Tensor, count: int) -> tuple[Tensor, int]:
+    """The likeliest tokens behind ``prompt``, ``(1, N)``, and the cached bytes of a token."""
     out = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
-        max_new_tokens=NEW_TOKENS,
-        min_new_tokens=NEW_TOKENS,
+        max_new_tokens=count,
+        min_new_tokens=count,
         do_sample=False,
         pad_token_id=0,
         return_dict_in_generate=True,
