@@ -4,6 +4,12 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
+
+# Every run draws the same cases; `--hypothesis-profile=explore` draws new ones.
+settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("explore", print_blob=True)
+settings.load_profile("repeatable")
 
 # Triton looks at this when it is first imported, which torch may do at any time.
 if not torch.cuda.is_available():

@@ -224,7 +224,7 @@ def test_a_key_head_is_one_tile(head_map, slots, tiles, monkeypatch):
     assert (of.slots, of.num_tiles) == (slots, tiles)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None)
 @given(
     index=st.lists(st.integers(0, 7), min_size=1, max_size=40),
     tokens=st.integers(1, 16),

@@ -81,7 +81,7 @@ def test_without_a_gradient_of_the_log_sum_exp():
     compare(Call.random(lengths=(20, 35)), lse_gradient=False)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_combination(data):
     draw = data.draw
