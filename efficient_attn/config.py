@@ -13,7 +13,7 @@ class HyperConfig:
 
     A query attends to some keys exactly (sinks, and the keys around it), to one block of keys with
     a similar hash, and to a sample of the keys that remain, weighted so that the sum over all keys
-    is estimated without bias.
+    is estimated without bias; how much the sample may weigh can be limited.
 
     There are two structures. With a ``leaf_size``, queries are cut into leaves of that many
     neighbours; a leaf shares its exact keys and has a sample of its own, and the causal form costs
@@ -39,6 +39,10 @@ class HyperConfig:
             and their errors are alike.
         replacement: Sample with replacement, as published; otherwise one key from each of
             ``sample_size`` equal intervals.
+        max_sample_mass: The most that the sample of a query may weigh, as a multiple of the mass of
+            its exact keys. A few draws that stand for hundreds of keys can outweigh all that is
+            certain; with a limit they are trusted less, at the price of a bias towards what is
+            near where attention really is spread out. None for no limit, as without leaves.
         max_error: Compute a head of a sample exactly if, in more than a tenth of its rows, the
             standard error of the softmax denominator is more than this share of it, such as 0.1.
             The errors cost a second pass over the samples, and are read back from an accelerator.
@@ -60,6 +64,7 @@ class HyperConfig:
     align_blocks: bool = True
     own_samples: bool = True
     replacement: bool = False
+    max_sample_mass: float | None = 0.5
     max_error: float | None = None
 
     @classmethod
@@ -81,6 +86,7 @@ class HyperConfig:
             "align_blocks": False,
             "own_samples": False,
             "replacement": True,
+            "max_sample_mass": None,
         }
         return cls(**{**published, **changes})
 
@@ -95,11 +101,8 @@ class HyperConfig:
         for name in ("center", "align_blocks", "own_samples", "replacement"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is {getattr(self, name)!r}; pass True or False.")
-        if self.max_error is not None:
-            if isinstance(self.max_error, bool) or not isinstance(self.max_error, (int, float)):
-                raise TypeError(f"max_error is {self.max_error!r}; pass a number or None.")
-            if not self.max_error > 0:
-                raise ValueError(f"max_error is {self.max_error}; it must be above 0.")
+        for name in ("max_sample_mass", "max_error"):
+            _check_limit(name, getattr(self, name))
         if self.leaf_size is None:
             self._check_published_structure()
 
@@ -120,6 +123,11 @@ class HyperConfig:
                 "own_samples is True, but without leaves there is one sample for all; set "
                 "leaf_size, or own_samples=False."
             )
+        if self.max_sample_mass is not None:
+            raise ValueError(
+                f"max_sample_mass is {self.max_sample_mass}, but without leaves the sample of a "
+                "query is not told apart; set leaf_size, or max_sample_mass=None."
+            )
         if self.block_size == self.sample_size == 0:
             raise ValueError(
                 "block_size and sample_size are both 0, which leaves no keys to attend to; make "
@@ -133,3 +141,12 @@ def _check_integer(name: str, value: object, least: int, most: int | None = None
     if value < least or (most is not None and value > most):
         limit = f"at least {least}" if most is None else f"between {least} and {most}"
         raise ValueError(f"{name} is {value}; it must be {limit}.")
+
+
+def _check_limit(name: str, value: object) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r}; pass a number or None.")
+    if not value > 0:
+        raise ValueError(f"{name} is {value}; it must be above 0.")

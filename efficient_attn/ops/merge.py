@@ -25,7 +25,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_out, grad_lse):
-    parts, (out, lse) = ctx.saved_tensors[:-2], ctx.saved_tensors[-2:]
+    # Read once: under checkpointing what was saved can be had a single time.
+    *parts, out, lse = ctx.saved_tensors
     outs, lses = parts[: ctx.num_parts], parts[ctx.num_parts :]
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse

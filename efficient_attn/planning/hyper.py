@@ -22,7 +22,7 @@ class HyperPlan(NamedTuple):
 
     * near: ``[0, sinks)`` and ``layout.near_keys(p)``, weight 1;
     * at each level, its band: keys whose rank at the level lies in ``[band_start, band_end)``,
-      weight 1, less those that are near;
+      weight 1, less those that are near; without block tiles they are known but do not count;
     * its samples, weight ``exp(sample_log_weight)``, less those that are near or in the band of the
       level. A key drawn twice counts twice.
 
@@ -68,6 +68,27 @@ class HyperPlan(NamedTuple):
     def is_exact(self) -> bool:
         """Whether nothing is approximated: all keys are near."""
         return self.leaf_size > 0 and self.window >= self.key_order.shape[-1]
+
+    @property
+    def is_sampled_by_leaf(self) -> bool:
+        """Whether there are samples, and leaves have their own: then the plan has two parts."""
+        return self.samples_by_leaf and self.sample_keys.shape[-1] > 0
+
+    def exact_part(self) -> HyperPlan:
+        """The same without samples."""
+        return self._replace(
+            sample_keys=self.sample_keys[..., :0], sample_log_weight=self.sample_log_weight[:, :0]
+        )
+
+    def sampled_part(self) -> HyperPlan:
+        """The samples of leaves alone, which leave out what is exact for a query as before."""
+        # A window that ends before it begins: no key is near.
+        return self._replace(
+            block_rows=self.block_rows[:, :, :0],
+            block_first=self.block_first[:, :, :0],
+            sinks=0,
+            window=-self.leaf_size,
+        )
 
 
 def make_plan(

@@ -15,14 +15,21 @@ from efficient_attn.planning.layout import leaf_range, near_keys, query_position
 
 
 def hyper_attention(
-    query: Tensor, key: Tensor, value: Tensor, plan: HyperPlan, *, scale: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: HyperPlan,
+    *,
+    scale: float | None = None,
+    max_sample_mass: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""The self-normalised estimate ``out_i = num_i / den_i``.
 
     ``num_i = sum_j W_ij exp(s_ij) v_j`` and ``den_i`` the same without ``v_j``, where
     ``s_ij = scale <q_i, k_j>`` and ``W_ij``, the :func:`multiplicity`, is 1 in expectation for
     every visible key. Han et al., "HyperAttention", arXiv 2310.05869, with sampling as in its
-    experiments.
+    experiments. With ``max_sample_mass`` the weights of a query's sample are made smaller, all by
+    one factor, where they would give it more than so many times the mass of its exact keys.
 
     Shape:
         - query: ``(B, Hq, nq, D)``; key: ``(B, Hk, nk, D)``; value: ``(B, Hk, nk, Dv)``
@@ -33,6 +40,9 @@ def hyper_attention(
     query = rearrange(query, "b (h g) i d -> b h g i d", g=group)
     score = scale * torch.einsum("bhgid,bhjd->bhgij", query, key)
     weight = multiplicity(plan, query.shape[3], key.shape[2], group).to(score.dtype)
+    if max_sample_mass is not None and plan.is_sampled_by_leaf:
+        exact = multiplicity(plan.exact_part(), query.shape[3], key.shape[2], group)
+        weight = _limited(weight, exact.to(score.dtype), score, max_sample_mass)
 
     # A row that sees nothing is computed on zeros, which keeps gradients finite, then put right.
     score = torch.where(weight > 0, score + weight.clamp(min=1e-30).log(), -torch.inf)
@@ -43,6 +53,18 @@ def hyper_attention(
     out = torch.einsum("bhgij,bhjd->bhgid", share, value)
     lse = lse.masked_fill(blind, -torch.inf).squeeze(-1)
     return rearrange(out, "b h g i d -> b (h g) i d"), rearrange(lse, "b h g i -> b (h g) i")
+
+
+def _limited(weight: Tensor, exact: Tensor, score: Tensor, limit: float) -> Tensor:
+    """The weights, with what is sampled at most ``limit`` times as heavy as what is exact."""
+    anchor = score.detach().masked_fill(weight == 0, -torch.inf).amax(-1, keepdim=True)
+    anchor = anchor.masked_fill(anchor == -torch.inf, 0.0)
+    mass = torch.where(weight > 0, score - anchor, 0.0).exp()
+    most = limit * (exact * mass).sum(-1, keepdim=True)
+    sampled = ((weight - exact) * mass).sum(-1, keepdim=True)
+    over = sampled > most
+    factor = torch.where(over, most / torch.where(over, sampled, 1.0), 1.0)
+    return exact + factor * (weight - exact)
 
 
 def multiplicity(plan: HyperPlan, nq: int, nk: int, group: int) -> Tensor:
@@ -57,7 +79,7 @@ def multiplicity(plan: HyperPlan, nq: int, nk: int, group: int) -> Tensor:
         total = total + ~near * _leaf_samples(plan, nq, nk).repeat(1, group, 1)
     for level in range(plan.key_order.shape[2]):
         band = band_mask(plan, level)
-        total = torch.where(band & ~near, 1.0, total)
+        total = torch.where(band & ~near, float(plan.block_rows.shape[2] > 0), total)
         if not plan.samples_by_leaf:
             total = total + ~(band | near) * _segment_samples(plan, level, nk)
     return rearrange(total, "b h (g i) j -> b h g i j", g=group)

@@ -95,6 +95,23 @@ def test_backward(native, case, of_lse):
         assert_accurate(a, t, p)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("part", ["exact_part", "sampled_part"])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_parts_of_a_plan(native, part, causal):
+    inputs, plan, scale = make(**CASE | {"causal": causal, "dtype": torch.float64})
+    plan = getattr(plan, part)()
+    leaves = [x.requires_grad_() for x in inputs]
+    expected = reference.hyper_attention(*leaves, plan)
+    grad_out = torch.randn_like(expected[0])
+    grads = torch.autograd.grad(expected[0], leaves, grad_out)
+    with torch.no_grad():
+        actual = native.hyper_attention(*inputs, *plan, scale)
+        torch.testing.assert_close(actual, expected)
+        back = native.hyper_attention_backward(grad_out, None, *inputs, *actual, *plan, scale)
+    torch.testing.assert_close(back, grads)
+
+
 CASE = {
     "config": "default", "causal": True, "heads": (4, 2), "tokens": (900, 900), "dims": (16, 16),
     "dtype": torch.float32, "by_token": True, "seed": 5,

@@ -1,5 +1,6 @@
 """The public HyperAttention against its reference, in fp64 and below, on awkward input."""
 
+import dataclasses
 import math
 
 import pytest
@@ -19,11 +20,12 @@ CONFIGS = {
     "paper without blocks": HyperConfig.paper(block_size=0, sample_size=8, exact_below=16),
     "leaves": LEAVES,
     "leaves without blocks": HyperConfig(
-        block_size=0, sample_size=8, leaf_size=8, window=0, sinks=0, exact_below=2
+        block_size=0, sample_size=8, leaf_size=8, window=0, sinks=0, exact_below=2,
+        max_sample_mass=None,
     ),
     "leaves by rank, with replacement": HyperConfig(
         block_size=9, sample_size=7, leaf_size=4, window=3, exact_below=16, align_blocks=False,
-        own_samples=False, replacement=True, center=False,
+        own_samples=False, replacement=True, center=False, max_sample_mass=1.5,
     ),
     "window and sinks": HyperConfig(
         block_size=0, sample_size=0, leaf_size=8, window=8, sinks=3, exact_below=2
@@ -36,9 +38,14 @@ def both(config, causal, query, key, value, scale=0.7):
     """The op and the reference, with one plan."""
     plan = ea.hyper_plan(query, key, causal=causal, config=config, seed=1)
     actual = ea.hyper_attention(
-        query, key, value, causal=causal, scale=scale, plan=plan, return_lse=True
+        query, key, value, causal=causal, scale=scale, config=config, plan=plan, return_lse=True
     )
-    return actual, reference.hyper_attention(query, key, value, plan, scale=scale)
+    return actual, of_reference(query, key, value, plan, config, scale=scale)
+
+
+def of_reference(query, key, value, plan, config, **options):
+    options["max_sample_mass"] = config.max_sample_mass
+    return reference.hyper_attention(query, key, value, plan, **options)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -74,9 +81,11 @@ def test_accurate_in_every_precision(config, dtype, causal):
     for dim in (32, 40, 136):
         query, key, value = qkv(HeadMap.gqa(4, 2), lengths=(90, 90), dims=(dim, 16), dtype=dtype)
         plan = ea.hyper_plan(query, key, causal=causal, config=config)
-        actual = ea.hyper_attention(query, key, value, causal=causal, plan=plan, return_lse=True)
-        truth = reference.hyper_attention(query.double(), key.double(), value.double(), plan)
-        plain = reference.hyper_attention(query, key, value, plan)
+        actual = ea.hyper_attention(
+            query, key, value, causal=causal, config=config, plan=plan, return_lse=True
+        )
+        truth = of_reference(query.double(), key.double(), value.double(), plan, config)
+        plain = of_reference(query, key, value, plan, config)
         assert actual[0].dtype == dtype and actual[1].dtype == torch.float32
         assert_accurate(actual[0], truth[0], plain[0], floor=1e-5 if dtype.itemsize == 4 else 4e-3)
         torch.testing.assert_close(actual[1].double(), truth[1], atol=2e-2, rtol=0)
@@ -86,7 +95,9 @@ def test_accurate_in_every_precision(config, dtype, causal):
 def test_every_head_map(name):
     head_map = head_maps()[name]
     query, key, value = qkv(head_map, lengths=(64, 64), dtype=torch.float64)
-    config = HyperConfig(block_size=0, sample_size=64, leaf_size=8, window=8, exact_below=2)
+    config = HyperConfig(
+        block_size=0, sample_size=64, leaf_size=8, window=8, exact_below=2, max_sample_mass=None
+    )
     out = ea.hyper_attention(query, key, value, causal=True, config=config, head_map=head_map)
     # Everything is sampled once, so the result is exact.
     expected, _ = reference.attention(query, key, value, causal=True, head_map=head_map)
@@ -240,3 +251,26 @@ def test_refused(change, kind, message):
     }  # fmt: skip
     with pytest.raises(kind, match=message):
         ea.hyper_attention(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_sample_weighs_no_more_than_its_limit(causal):
+    query, key, value = qkv(HeadMap.mha(2), lengths=(200, 200), dtype=torch.float64)
+    # Far keys, which are sampled, point where all queries do; near ones do not.
+    query, key = query + 1, torch.cat([key[:, :, :100] + 1, key[:, :, 100:] - 1], dim=2)
+    plan = ea.hyper_plan(query, key, causal=causal, config=LEAVES)
+    exact_lse = reference.hyper_attention(query, key, value, plan.exact_part())[1]
+    free = ea.hyper_attention(
+        query, key, value, causal=causal, plan=plan, return_lse=True,
+        config=dataclasses.replace(LEAVES, max_sample_mass=None),
+    )  # fmt: skip
+    for limit in (0.25, 3.0, 1e9):
+        out, lse = ea.hyper_attention(
+            query, key, value, causal=causal, plan=plan, return_lse=True,
+            config=dataclasses.replace(LEAVES, max_sample_mass=limit),
+        )  # fmt: skip
+        allowed = exact_lse + math.log1p(limit)
+        torch.testing.assert_close(lse, torch.minimum(free[1], allowed))
+        kept = free[1] <= allowed
+        torch.testing.assert_close(out[kept], free[0][kept])
+        assert kept.any() and (limit == 1e9 or not kept.all())

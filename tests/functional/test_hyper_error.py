@@ -8,12 +8,12 @@ import torch
 import efficient_attn as ea
 from efficient_attn import HyperConfig, reference
 
-OPTIONS = {"block_size": 0, "sample_size": 32, "exact_below": 2}
+OPTIONS = {"block_size": 0, "sample_size": 32, "exact_below": 2, "max_sample_mass": None}
 CONFIGS = {
     "paper": HyperConfig.paper(block_size=32, sample_size=32, exact_below=128),
     "intervals": HyperConfig(**OPTIONS, leaf_size=32, window=32, sinks=4),
     "with replacement": HyperConfig(**OPTIONS, leaf_size=32, window=0, sinks=0, replacement=True),
-    "blocks": HyperConfig(block_size=32, sample_size=32, leaf_size=32, window=0, exact_below=2),
+    "blocks": HyperConfig(**OPTIONS | {"block_size": 32}, leaf_size=32, window=0),
 }
 
 
@@ -50,7 +50,9 @@ def test_two_standard_errors_hold_the_truth_nineteen_times_in_twenty(data):
         if data == "random"
         else clustered(heads, n)
     )
-    config = HyperConfig(block_size=64, sample_size=128, leaf_size=64, window=64, exact_below=2)
+    config = HyperConfig(
+        **OPTIONS | {"block_size": 64, "sample_size": 128}, leaf_size=64, window=64
+    )
     _, lse, error = ea.hyper_attention(
         query, key, key, config=config, return_lse=True, return_error=True
     )
@@ -123,6 +125,7 @@ def test_samples_of_different_lengths_have_their_own_error():
 
 
 @pytest.mark.parametrize(("value", "kind"), [(0, ValueError), (-1.0, ValueError), ("1", TypeError)])
-def test_refused(value, kind):
-    with pytest.raises(kind, match="max_error is"):
-        HyperConfig(max_error=value)
+@pytest.mark.parametrize("name", ["max_error", "max_sample_mass"])
+def test_refused(name, value, kind):
+    with pytest.raises(kind, match=f"{name} is"):
+        HyperConfig(**{name: value})

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 import efficient_attn as ea
 from efficient_attn import reference
@@ -59,3 +60,14 @@ def test_what_is_refused():
         ea.merge_states(outs, lses[:1])
     with pytest.raises(ValueError, match="part 1"):
         ea.merge_states([outs[0], outs[1][:1]], lses)
+
+
+def test_gradients_under_checkpointing():
+    outs, lses = parts(2, requires_grad=True)
+    merged = torch.utils.checkpoint.checkpoint(
+        lambda *x: ea.merge_states(x[:2], x[2:]), *outs, *lses, use_reentrant=False
+    )
+    got = torch.autograd.grad(merged[0].cos().sum() + merged[1].sum(), (*outs, *lses))
+    out, lse = ea.merge_states(outs, lses)
+    expected = torch.autograd.grad(out.cos().sum() + lse.sum(), (*outs, *lses))
+    torch.testing.assert_close(got, expected)

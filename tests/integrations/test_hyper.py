@@ -10,6 +10,7 @@ from efficient_attn import HyperConfig, UnsupportedError, hyper_attention, patch
 from efficient_attn.integrations import hyper
 from efficient_attn.integrations.hyper import hyper_attention_forward
 from efficient_attn.integrations.visible_spans import visible_spans
+from efficient_attn.planning import HyperPlan
 
 CONFIG = HyperConfig(block_size=4, sample_size=4, leaf_size=4, window=4, sinks=1, exact_below=24)
 # So wide that nothing is left to estimate, though the estimator runs.
@@ -47,7 +48,9 @@ class CountHyper(torch.utils._python_dispatch.TorchDispatchMode):
     calls = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.calls += function is torch.ops.efficient_attn.hyper_attention.default
+        if function is torch.ops.efficient_attn.hyper_attention.default:
+            # Samples whose mass is limited are a call of their own, without a window.
+            self.calls += HyperPlan(*args[3:-1]).window >= 0
         return function(*args, **(kwargs or {}))
 
 

@@ -61,7 +61,7 @@ def leaf_runs(plan: HyperPlan, nq: int, nk: int, width: int) -> Iterator[Run]:
         whole = stop - start == leaf and first >= 0 and end <= nk
         first, end = max(first, 0), min(end, nk)
         run = Run(start - corner, first, stop - start, end - first, 1, leaf)
-        if whole:
+        if whole and first < end:
             interior = run if interior is None else interior._replace(leaves=interior.leaves + 1)
         elif first < end:
             yield run

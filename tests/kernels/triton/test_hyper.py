@@ -80,6 +80,14 @@ def test_equals_the_reference(name, causal):
     compare(tensors, plan)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("part", ["exact_part", "sampled_part"])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_parts_of_a_plan(part, causal):
+    tensors, plan = call(LEAVES, causal, lengths=(70, 90), dims=(16, 12))
+    compare(tensors, getattr(plan, part)())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("config", "causal"), [(LEAVES, True), (PAPER, False)])
 def test_half_precision(config, causal, dtype):
