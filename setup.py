@@ -7,6 +7,9 @@ environment; without it this file imports nothing but setuptools.
 
 import os
 import platform
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -38,13 +41,15 @@ def native_build() -> dict:
     flags = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
     stable = ["-DTORCH_STABLE_ONLY", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     include = [str(HERE / "csrc")]
-    # A CPU build of torch does not look for nvcc; the stable headers compile all the same.
-    cuda_home = cpp_extension.CUDA_HOME or cpp_extension._find_cuda_home()
-    cuda = sources("csrc/cuda/*.cu") if cuda_home else []
+    home = cuda_home()
     extensions = [
         cpp_extension.CppExtension(
             "efficient_attn._C",
-            [*sources("csrc/*.cpp"), *sources("csrc/cpu/*.cpp")],
+            [
+                *sources("csrc/*.cpp"),
+                *sources("csrc/cpu/*.cpp"),
+                *sources("csrc/emulated/*.cpp"),
+            ],
             include_dirs=include,
             extra_compile_args=[*flags, *stable],
             py_limited_api=True,
@@ -59,23 +64,24 @@ def native_build() -> dict:
                 *flags,
                 f'-DEA_FLAGS="{" ".join(flags)}"',
                 f"-DEA_TORCH_TARGET={TORCH_TARGET}",
-                f"-DEA_WITH_CUDA={int(bool(cuda))}",
+                f"-DEA_WITH_CUDA={int(home is not None)}",
             ],
         ),
     ]
-    if cuda:
-        cpp_extension.CUDA_HOME = cuda_home
+    if home:
+        cpp_extension.CUDA_HOME = str(home)
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
         extensions.append(
             cpp_extension.CppExtension(
                 "efficient_attn._C_cuda",
-                cuda,
-                include_dirs=[*include, f"{cuda_home}/include"],
-                library_dirs=[f"{cuda_home}/lib64"],
-                libraries=["cudart"],
+                [*sources("csrc/cuda/*.cpp"), *sources("csrc/cuda/*.cu")],
+                include_dirs=include,
+                # The runtime is linked statically, so that the library loads where there is none.
+                library_dirs=[str(home / "lib64"), str(home / "lib")],
+                libraries=["cudart_static", "dl", "rt", "pthread"],
                 extra_compile_args={
                     "cxx": [*flags, *stable],
-                    "nvcc": ["-O3", "-std=c++17", *stable],
+                    "nvcc": ["-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden", *stable],
                 },
                 py_limited_api=True,
             )
@@ -84,6 +90,24 @@ def native_build() -> dict:
         "ext_modules": extensions,
         "cmdclass": {"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=True)},
     }
+
+
+def cuda_home() -> Path | None:
+    """The CUDA toolkit to build csrc/cuda with, or None where there is none or none is wanted.
+
+    A CPU build of torch does not look for one; its stable headers compile with nvcc all the same.
+    """
+    if os.environ.get("EFFICIENT_ATTN_BUILD_CUDA", "1") == "0":
+        return None
+    asked_for = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=f"{asked_for}/bin" if asked_for else None)
+    nvcc = nvcc or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None:
+        return None
+    # What is called nvcc may be a script that starts another; the compiler knows where it is.
+    plan = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True)
+    top = re.search(r"TOP=(.*)", plan.stderr)
+    return Path(top[1].strip()).resolve() if top else Path(nvcc).parents[1]
 
 
 def sources(pattern: str) -> list[str]:

@@ -1,6 +1,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/ops.h"
+#include "emulated/ops.h"
 
 // Native ops live in a namespace of their own; efficient_attn/ops/native.py puts them in place of the
 // portable ones, after it has compared the schemas, and can take them out again.
@@ -32,7 +33,7 @@ STABLE_TORCH_LIBRARY(efficient_attn_native, m) {
       "lsh_codes(Tensor x, Tensor normals, SymInt bits, bool center, SymInt leaf, SymInt first, "
       "bool own) -> Tensor");
   m.def(
-      "segment_order(Tensor codes, SymInt[] sizes, SymInt tokens, SymInt first) -> "
+      "segment_order(Tensor codes, SymInt bins, SymInt[] sizes, SymInt tokens, SymInt first) -> "
       "(Tensor order, Tensor rank)");
   m.def(
       "selective_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cache_lengths, "
@@ -50,4 +51,15 @@ STABLE_TORCH_LIBRARY_IMPL(efficient_attn_native, CPU, m) {
   m.impl("lsh_codes", TORCH_BOX(&ea::cpu::lsh_codes));
   m.impl("segment_order", TORCH_BOX(&ea::cpu::segment_order));
   m.impl("selective_decode", TORCH_BOX(&ea::cpu::selective_decode));
+}
+
+// The CUDA ops on a machine that is emulated, for tests.
+STABLE_TORCH_LIBRARY(efficient_attn_emulated, m) {
+  m.def(
+      "segment_order(Tensor codes, SymInt bins, SymInt[] sizes, SymInt tokens, SymInt first, "
+      "SymInt processors, SymInt shared_memory, SymInt seed) -> (Tensor order, Tensor rank)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(efficient_attn_emulated, CPU, m) {
+  m.impl("segment_order", TORCH_BOX(&ea::cuda::emulated::segment_order));
 }

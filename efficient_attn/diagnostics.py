@@ -21,8 +21,11 @@ OPS = (
     "selective_decode",
     "mla_decode",
     "merge_states",
+    "segment_order",
 )
-_NATIVE_OPS = ("attention_decode", "selective_decode", "mla_decode", "merge_states")
+_CPU_OPS = ("attention_decode", "selective_decode", "mla_decode", "merge_states", "segment_order")
+_CUDA_OPS = ("segment_order",)
+_WITHOUT_TRITON = ("merge_states", "segment_order")
 
 
 def report() -> dict:
@@ -72,17 +75,22 @@ def _implementations(op: str, machine: dict) -> dict[str, list[dict]]:
     """Who is asked for one op on each device, first to last."""
     no_gpu = None if machine["cuda"] else "torch sees no CUDA device"
     no_triton = None if importlib.util.find_spec("triton") else "triton is not installed"
-    first = "native (csrc/cpu)" if op in _NATIVE_OPS else "torch's flash op, where it fits"
-    absent = _native_is_absent() if op in _NATIVE_OPS else None
+    first = "native (csrc/cpu)" if op in _CPU_OPS else "torch's flash op, where it fits"
+    absent = _native_is_absent("native") if op in _CPU_OPS else None
     cpu = [_entry(first, absent), _entry("portable", None)]
-    if op == "merge_states":
-        return {"cpu": cpu, "cuda": [_entry("portable", no_gpu)]}
-    if no_triton:
+    cuda = []
+    if op in _CUDA_OPS:
+        absent = _native_is_absent("cuda") or (f"built, but {no_gpu}" if no_gpu else None)
+        cuda.append(_entry("native (csrc/cuda), where it fits", absent))
+    if op in _WITHOUT_TRITON:
+        cuda.append(_entry("portable", no_gpu))
+    elif no_triton:
         absent = "; ".join(filter(None, (no_gpu, no_triton)))
-        return {"cpu": cpu, "cuda": [_entry("triton", absent), _entry("portable", no_gpu)]}
-    cuda = [_entry("triton", no_gpu)]
-    if op == "attention":
-        cuda.insert(0, _entry("torch's cuDNN and flash ops, where they fit", no_gpu))
+        cuda += [_entry("triton", absent), _entry("portable", no_gpu)]
+    else:
+        if op == "attention":
+            cuda.append(_entry("torch's cuDNN and flash ops, where they fit", no_gpu))
+        cuda.append(_entry("triton", no_gpu))
     return {"cpu": cpu, "cuda": cuda}
 
 
@@ -90,12 +98,13 @@ def _entry(name: str, reason: str | None) -> dict:
     return {"name": name, "answers": reason is None, "reason": reason}
 
 
-def _native_is_absent() -> str | None:
+def _native_is_absent(kind: str) -> str | None:
+    """Why the kernels of ``ops.native`` or ``ops.cuda`` cannot be used, or None."""
     try:
-        from efficient_attn.ops import native
+        from efficient_attn import ops
     except ImportError as error:
         return f"efficient_attn cannot be imported: {error}"
-    return native.status()
+    return getattr(ops, kind).status()
 
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ Tensor lsh_codes(
 }
 
 std::tuple<Tensor, Tensor> segment_order(
-    Tensor codes, std::vector<int64_t> sizes, int64_t tokens, int64_t first) {
+    Tensor codes, int64_t bins, std::vector<int64_t> sizes, int64_t tokens, int64_t first) {
   STD_TORCH_CHECK(codes.is_cpu() && codes.dim() == 3 && codes.scalar_type() == ScalarType::Int &&
                       tokens > 0 && codes.size(2) % tokens == 0,
                   "segment_order got codes that are not int32 (batch, heads, rows) on the CPU, or ",
@@ -170,15 +170,15 @@ std::tuple<Tensor, Tensor> segment_order(
     least = std::min(least, code[i]);
     most = std::max(most, code[i]);
   }
-  STD_TORCH_CHECK(least >= 0 && most <= 1 << 16, "segment_order got a code of ",
-                  least < 0 ? least : most, "; pass codes of 0 to 65536.");
+  STD_TORCH_CHECK(least >= 0 && most < bins, "segment_order got a code of ",
+                  least < 0 ? least : most, "; pass codes of 0 to ", bins - 1, ".");
   // By code first, which is the same at every level; then by segment, which keeps that order.
   std::unique_ptr<int32_t[]> by_code(new int32_t[batch * heads * rows]);
   torch::stable::parallel_for(0, batch * heads, 1, [&](int64_t begin, int64_t end) {
-    std::vector<int32_t> starts(most + 2);
+    std::vector<int32_t> starts(bins + 1);
     for (int64_t h = begin; h < end; ++h) {
       counting_sort(
-          rows, most + 1, [](int64_t i) { return int32_t(i); },
+          rows, bins, [](int64_t i) { return int32_t(i); },
           [&](int32_t row) { return code[h * rows + row]; }, starts.data(),
           by_code.get() + h * rows);
     }

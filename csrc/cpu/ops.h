@@ -53,7 +53,8 @@ torch::stable::Tensor lsh_codes(
     int64_t leaf, int64_t first, bool own);
 
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> segment_order(
-    torch::stable::Tensor codes, std::vector<int64_t> sizes, int64_t tokens, int64_t first);
+    torch::stable::Tensor codes, int64_t bins, std::vector<int64_t> sizes, int64_t tokens,
+    int64_t first);
 
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> selective_decode(
     torch::stable::Tensor query, torch::stable::Tensor key_cache,

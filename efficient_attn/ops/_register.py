@@ -19,6 +19,8 @@ library = torch.library.Library(NAMESPACE, "DEF")
 
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
+_implementations: dict[tuple[str, str], Callable] = {}
+
 
 def define(schema: str) -> None:
     """Add an op by its schema, for example ``"merge_states(Tensor[] outs, ...) -> ..."``."""
@@ -36,6 +38,13 @@ def implement(name: str, dispatch_key: str, path: str) -> None:
         return loaded[0](*args)
 
     library.impl(name, call, dispatch_key)
+    _implementations[name, dispatch_key] = call
+
+
+def implementation(name: str, dispatch_key: str) -> Callable:
+    """What :func:`implement` has made the answer of ``name`` on ``dispatch_key``."""
+    portable = _implementations[name, "CompositeExplicitAutograd"]
+    return _implementations.get((name, dispatch_key), portable)
 
 
 def fake(name: str) -> Callable:

@@ -65,7 +65,7 @@ def _lsh_codes_sample() -> tuple:
 
 def _segment_order_sample() -> tuple:
     codes = torch.arange(2 * 3 * 80, dtype=torch.int32, device="cpu").view(2, 3, 80)
-    return codes * 37 % 11, [16, 40], 40, 7
+    return codes * 37 % 11, 11, [16, 40], 40, 7
 
 
 def _selective_decode_sample() -> tuple:
@@ -91,7 +91,7 @@ class NativeKernels:
     def __init__(self) -> None:
         self._library = torch.library.Library("efficient_attn", "IMPL")
         for name in _SAMPLES:
-            self._library.impl(name, _native(name), "CPU")
+            self._library.impl(name, native_op(name), "CPU")
 
     def remove(self) -> None:
         """Unregister; calling it again does nothing."""
@@ -141,17 +141,18 @@ def _load() -> str | None:
     torch.ops.load_library(LIBRARY)
     for name, sample in _SAMPLES.items():
         op = getattr(torch.ops.efficient_attn, name).default
-        ours, theirs = (str(x._schema).partition("::")[2] for x in (op, _native(name)))
+        ours, theirs = (str(x._schema).partition("::")[2] for x in (op, native_op(name)))
         if ours != theirs:
             return f"{LIBRARY.name} is of another version: it has {theirs} for {ours}"
         with torch.no_grad():
-            expected, actual = (_several(x(*sample())) for x in (op, _native(name)))
+            expected, actual = (_several(x(*sample())) for x in (op, native_op(name)))
         if not all(map(_agree, actual, expected)):
             return f"{LIBRARY.name} computes {name} wrongly on this machine"
     return None
 
 
-def _native(name: str) -> torch._ops.OpOverload:
+def native_op(name: str) -> torch._ops.OpOverload:
+    """The native op of this name, which the binaries register."""
     return getattr(torch.ops.efficient_attn_native, name).default
 
 

@@ -11,7 +11,7 @@ _register.define(
     "bool own) -> Tensor"
 )
 _register.define(
-    "segment_order(Tensor codes, SymInt[] sizes, SymInt tokens, SymInt first) -> "
+    "segment_order(Tensor codes, SymInt bins, SymInt[] sizes, SymInt tokens, SymInt first) -> "
     "(Tensor order, Tensor rank)"
 )
 _PLANNING = "efficient_attn.planning"
@@ -27,6 +27,6 @@ def _(x, *options):
 
 
 @_register.fake("segment_order")
-def _(codes, sizes, tokens, first):
+def _(codes, bins, sizes, tokens, first):
     shape = (*codes.shape[:2], len(sizes), codes.shape[2])
     return codes.new_empty(shape), codes.new_empty(shape)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from efficient_attn.planning.layout import Problem
-from efficient_attn.planning.ordering import NOWHERE
 
 
 class Blocks(NamedTuple):
@@ -35,6 +34,7 @@ def ranked_blocks(
     sinks: int,
     size: int,
     align: bool,
+    num_codes: int,
 ) -> tuple[Blocks, Tensor]:
     """Sorted queries against sorted keys, block by block, in every segment: the published sortLSH.
 
@@ -47,6 +47,7 @@ def ranked_blocks(
         sinks: Keys at the beginning that are in no block.
         size: Keys in a block; 0 for one block without keys.
         align: Move each block to the keys around the code of its middle query.
+        num_codes: Number of different codes.
 
     Returns:
         The blocks, and which problem each tile belongs to, ``(M,)``.
@@ -54,10 +55,10 @@ def ranked_blocks(
     device = k_codes.device
     batch, num_heads, group, nq = q_codes.shape
     nk, num_rows = k_codes.shape[-1], group * nq
-    q_codes, k_codes = q_codes.flatten(2), _without_sinks(k_codes, sinks)
+    q_codes, k_codes = q_codes.flatten(2), _without_sinks(k_codes, sinks, num_codes)
     order = torch.ops.efficient_attn.segment_order
-    key_order, key_rank = order(k_codes, segment_sizes, nk, 0)
-    row_order, _ = order(q_codes, segment_sizes, nq, corner)
+    key_order, key_rank = order(k_codes, num_codes + 1, segment_sizes, nk, 0)
+    row_order, _ = order(q_codes, num_codes, segment_sizes, nq, corner)
 
     # Segments keep their place when sorted, so the rows of a problem are a known range.
     per_block, num_blocks = [], []
@@ -127,8 +128,9 @@ def recent_blocks(
     batch, num_heads, group, nq = q_codes.shape
     nk, num_rows, half = k_codes.shape[-1], group * nq, -(-size // 2)
     key = torch.arange(nk, device=k_codes.device)
-    k_codes = _without_sinks(k_codes, sinks)
-    key_order, key_rank = torch.ops.efficient_attn.segment_order(k_codes, [nk], nk, 0)
+    k_codes = _without_sinks(k_codes, sinks, num_codes)
+    order = torch.ops.efficient_attn.segment_order
+    key_order, key_rank = order(k_codes, num_codes + 1, [nk], nk, 0)
     # Code and position in one number, which sorts without ties.
     k_sorted = (k_codes.long() * (nk + 1) + key).gather(-1, key_order[:, :, 0].long())
     q_first = q_codes.long() * (nk + 1)
@@ -155,10 +157,10 @@ def recent_blocks(
     return Blocks(key_order, key_rank, *band, block_rows.contiguous(), block_first.contiguous())
 
 
-def _without_sinks(k_codes: Tensor, sinks: int) -> Tensor:
+def _without_sinks(k_codes: Tensor, sinks: int, num_codes: int) -> Tensor:
     """Codes of keys, behind all others for those that are in no block."""
     key = torch.arange(k_codes.shape[-1], device=k_codes.device)
-    return torch.where(key < sinks, NOWHERE, k_codes)
+    return torch.where(key < sinks, num_codes, k_codes)
 
 
 def _placed(values: Tensor, index: Tensor, shape: tuple[int, ...], empty: int) -> Tensor:

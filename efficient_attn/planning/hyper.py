@@ -129,6 +129,7 @@ def _published_plan(query, key, causal, config, seed) -> HyperPlan:
         sinks=0,
         size=min(config.block_size, nk),
         align=config.align_blocks and not causal,
+        num_codes=2 ** _num_projections(config, nk),
     )
     return HyperPlan(
         *blocks,
@@ -147,20 +148,20 @@ def _leaf_plan(query, key, causal, config, seed) -> HyperPlan:
     """A sample of its own for each leaf, and one hashed block for each query."""
     nq, nk, sinks = query.shape[2], key.shape[2], min(config.sinks, key.shape[2])
     leaf, size = config.leaf_size, min(config.block_size, nk - sinks)
+    num_codes = 2 ** _num_projections(config, nk)
     if size == 0:
         blocks = _no_blocks(query, key, levels=0)
     elif causal:
         positions = layout.query_positions(nq, nk, key.device)
         before, _ = layout.near_keys(positions, nk, leaf, config.window, causal)
-        q_codes, k_codes = _codes(query, key, causal, config, seed)
-        num_codes = 2 ** _num_projections(config, nk)
-        blocks = recent_blocks(q_codes, k_codes, before, sinks, size, num_codes)
+        codes_of_both = _codes(query, key, causal, config, seed)
+        blocks = recent_blocks(*codes_of_both, before, sinks, size, num_codes)
         size = 2 * -(-size // 2)
     else:
         problems = [layout.Problem(0, (0, nq), (0, nk - sinks))]
         codes_of_both = _codes(query, key, causal, config, seed)
         blocks, _ = ranked_blocks(
-            *codes_of_both, problems, [max(nq, nk)], 0, sinks, size, config.align_blocks
+            *codes_of_both, problems, [max(nq, nk)], 0, sinks, size, config.align_blocks, num_codes
         )
     return HyperPlan(
         *blocks,

@@ -1,0 +1,18 @@
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <tuple>
+#include <vector>
+
+// The native CUDA ops. Their schemas are in ../registration.cpp, what they cover is in
+// efficient_attn/ops/cuda.py.
+
+namespace ea::cuda {
+
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> segment_order(
+    torch::stable::Tensor codes, int64_t bins, std::vector<int64_t> sizes, int64_t tokens,
+    int64_t first);
+
+}  // namespace ea::cuda

@@ -1,0 +1,9 @@
+#include <torch/csrc/stable/library.h>
+
+#include "cuda/ops.h"
+
+// The namespace and its schemas are those of ../registration.cpp, which is loaded first.
+
+STABLE_TORCH_LIBRARY_IMPL(efficient_attn_native, CUDA, m) {
+  m.impl("segment_order", TORCH_BOX(&ea::cuda::segment_order));
+}

@@ -1,0 +1,109 @@
+"""Native CUDA kernels over those in Triton and the portable ones, where they have been built.
+
+They implement the same native ops as the CPU kernels, for CUDA tensors, in a library of their own.
+Loading it needs no GPU and no driver. Each kernel is checked at its first call on a device, see
+:mod:`efficient_attn.ops.checked`, and what it does not cover goes to what answered before it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from efficient_attn.ops import native
+from efficient_attn.ops.checked import Candidate, CheckedKernel
+
+LIBRARY = Path(__file__).parents[1] / "_C_cuda.abi3.so"
+KEY = "CUDA"
+
+_refusal: str | None = "not asked for yet"
+_active: CudaKernels | None = None
+
+# Levels and bins for which common/segment_sort_plan.h finds memory on every device.
+_MOST_LEVELS, _MOST_BINS = 24, 2**13 + 1
+
+
+def _segment_order_covers(codes: Tensor, bins: int, sizes: list[int], tokens: int, first: int):
+    few = 0 < len(sizes) <= _MOST_LEVELS and bins <= _MOST_BINS
+    return few and codes.shape[-1] + abs(first) < 2**30
+
+
+def _segment_order_sample(device: torch.device) -> tuple:
+    # More rows than one block sorts.
+    codes = torch.arange(2 * 9000, device=device).mul(40503).remainder(2**16).remainder(37)
+    return codes.int().view(1, 2, 9000), 37, [3000, 700], 4500, -100
+
+
+CANDIDATES = (
+    Candidate("segment_order", _segment_order_covers, _segment_order_sample, torch.equal),
+)
+
+
+class CudaKernels:
+    """The CUDA kernels in use; ``remove()`` gives the ops back to those that answered before."""
+
+    def __init__(self) -> None:
+        self._kernels = {
+            candidate.name: CheckedKernel(candidate, native.native_op(candidate.name), KEY)
+            for candidate in CANDIDATES
+        }
+
+    def refusal(self, name: str) -> str | None:
+        """Why the kernel of an op is no longer used, or ``None`` if it is."""
+        return self._kernels[name].refusal
+
+    def remove(self) -> None:
+        """Unregister all of them; calling it again does nothing."""
+        global _active
+        if _active is self:
+            _active = None
+        for kernel in self._kernels.values():
+            kernel.remove()
+
+
+def status(name: str | None = None) -> str | None:
+    """Why the CUDA kernels, or the one of an op, cannot be used; ``None`` if they can."""
+    if _refusal is None and name is not None and _active is not None:
+        return _active.refusal(name)
+    return _refusal
+
+
+def use_cuda() -> CudaKernels:
+    """Put the CUDA kernels in place, and return the handle that removes them.
+
+    Raises:
+        RuntimeError: They cannot be used, with the reason that :func:`status` gives.
+    """
+    global _active
+    if _refusal is not None:
+        raise RuntimeError(f"the CUDA kernels cannot be used: {_refusal}.")
+    if _active is None:
+        _active = CudaKernels()
+    return _active
+
+
+def activate() -> None:
+    """Load and use the library if there is one; called once, after ``native.activate``."""
+    global _refusal
+    try:
+        _refusal = _load()
+    except Exception as error:  # Whatever a binary does wrong, the package has to import.
+        _refusal = f"{LIBRARY.name} was refused: {error}"
+    if _refusal is None:
+        use_cuda()
+
+
+def _load() -> str | None:
+    """Load the library; returns why it cannot be used, or ``None``."""
+    if not LIBRARY.exists():
+        return "not built; it takes nvcc, then as for the CPU kernels"
+    if native.status() is not None:
+        return f"the CPU kernels, which belong to it, cannot be used: {native.status()}"
+    torch.ops.load_library(LIBRARY)
+    for candidate in CANDIDATES:
+        name = f"efficient_attn_native::{candidate.name}"
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(name, KEY):
+            return f"{LIBRARY.name} is of another version: it has no {candidate.name}"
+    return None
