@@ -13,6 +13,7 @@ if __name__ == "__main__":
     keep_pages()
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -240,6 +241,23 @@ def conversion(
             length=length,
             calibration_rows=calibration_rows,
         )
+    console.print(f"records: {out}")
+
+
+@app.command()
+def recovery(
+    ratio: Annotated[
+        list[float] | None, typer.Option(help="Share of the cache that is left; repeatable.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of 2,048 tokens after each conversion.")] = 300,
+    out: Output = Path("bench-out/recovery.jsonl"),
+) -> None:
+    """Measure what training gives back to the example model after conversion to a smaller cache."""
+    from bench.recovery import RATIOS, RECIPE, measure
+
+    with ResultsFile(out) as results:
+        results.write({"kind": "environment", **describe("cpu")})
+        measure(results.write, recipe=replace(RECIPE, steps=steps), ratios=ratio or RATIOS)
     console.print(f"records: {out}")
 
 

@@ -106,7 +106,7 @@ class Specimen:
         self.texts = {}
         for name, where in texts.items():
             ids = _rows(tokens(*where), rows, length)
-            self.texts[name] = Text(name, ids, _losses(self.model, ids))
+            self.texts[name] = Text(name, ids, token_losses(self.model, ids))
 
     def convert(
         self, numbers: int, rope_dim: int, options: CompressOptions, table: Tensor | None = None
@@ -146,7 +146,7 @@ class Specimen:
     def judge(self, weights: Sequence[LatentAttentionWeights], text: Text) -> dict:
         """Perplexity of the converted model, and what conversion adds to the loss."""
         model = replace_attention(copy.deepcopy(self.model), weights)
-        losses = _losses(model, text.ids)
+        losses = token_losses(model, text.ids)
         change = (losses - text.exact).mean(-1)
         return {
             "text": text.name,
@@ -264,7 +264,7 @@ def _best_of_paper(specimen, record, numbers, held_out, selection) -> None:
 
 
 @torch.no_grad()
-def _losses(model: torch.nn.Module, ids: Tensor) -> Tensor:
+def token_losses(model: torch.nn.Module, ids: Tensor) -> Tensor:
     """Nats ``(rows, length - 1)`` of every token but the first of each row."""
     parts = []
     for batch in ids.split(4):

@@ -17,6 +17,7 @@ from bench.goals import devices, goal_rows, timings
 from bench.grouping_report import grouping_rows
 from bench.key_driven import HEADS, layer_rows
 from bench.quality_report import quality_rows
+from bench.recovery_report import recovery_rows
 from bench.replay import replay_rows
 from bench.report import (
     NOT_MEASURED,
@@ -57,7 +58,12 @@ def markdown(records: list[dict]) -> str:
         _table(HEADS, layer_rows(records)),
         _replay_table(records),
     ]
-    quoted = (*quality_rows(records), *conversion_rows(records), *grouping_rows(records))
+    quoted = (
+        *quality_rows(records),
+        *conversion_rows(records),
+        *grouping_rows(records),
+        *recovery_rows(records),
+    )
     for heading, (heads, *rows) in quoted:
         tables.append(f"**{heading}**\n\n{_table(heads, rows)}")
     return "\n\n".join([_origin(records), *(table for table in tables if table)])

@@ -17,6 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from bench.conversion_report import conversion_figure
 from bench.grouping_report import grouping_figure
 from bench.quality_report import quality_figure
+from bench.recovery_report import recovery_figure
 from bench.report import environment_of, ratios
 from bench.workloads import length_label
 
@@ -49,6 +50,7 @@ def draw(records: list[dict], folder: Path) -> list[Path]:
         "quality": quality_figure,
         "conversion": conversion_figure,
         "grouping": grouping_figure,
+        "recovery": recovery_figure,
     }
     written = []
     for name, make in figures.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -113,7 +114,35 @@ def table(found: Sequence[Converted]) -> Table:
     return shown
 
 
-def markdown(found: Sequence[Converted], figure: str) -> str:
+@dataclass(frozen=True)
+class Trained:
+    """What training gave back to a conversion to a smaller cache, when it was last measured.
+
+    Attributes:
+        bytes_per_token: What its cache holds of a token.
+        perplexity: After the training.
+        minutes: How long it took.
+    """
+
+    bytes_per_token: int
+    perplexity: float
+    minutes: float
+
+
+def trained_before(records: Path) -> list[Trained]:
+    """The conversions in a file of results, by what they cache; none if there is no such file."""
+    if not records.exists():
+        return []
+    lines = map(json.loads, records.read_text(encoding="utf-8").splitlines())
+    found = [
+        Trained(r["bytes_per_token"], r["perplexity_after"], r["minutes"])
+        for r in lines
+        if r["kind"] == "recovery" and r["kv_ratio"] < 1
+    ]
+    return sorted(found, key=lambda x: x.bytes_per_token)
+
+
+def markdown(found: Sequence[Converted], trained: Sequence[Trained], figure: str) -> str:
     """For the report."""
     lines = [HEADS, ("---",) * len(HEADS), *_rows(found)]
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -124,13 +153,24 @@ The lossless form is a checkpoint of the stock DeepSeek-V3 class; smaller caches
 {CALIBRATION_TOKENS} tokens of other text, and nothing is trained.
 
 {rows}
-
+{_told(trained)}
 ![perplexity against cache bytes]({figure})
 """
 
 
-def draw(found: Sequence[Converted], path: Path) -> None:
-    """Perplexity against cache bytes."""
+def _told(trained: Sequence[Trained]) -> str:
+    if not trained:
+        return ""
+    points = ", ".join(f"{x.perplexity:.2f} at {x.bytes_per_token:,}" for x in reversed(trained))
+    longest = max(x.minutes for x in trained)
+    return f"""
+Trained towards the model as it was, for at most {longest:.0f} minutes each, perplexity is {points}
+bytes per token. That is not done here, but recorded by `python -m bench recovery`.
+"""
+
+
+def draw(found: Sequence[Converted], trained: Sequence[Trained], path: Path) -> None:
+    """Perplexity against cache bytes, and where recorded what training made of it."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -143,6 +183,13 @@ def draw(found: Sequence[Converted], path: Path) -> None:
     axes.plot(
         [x.bytes_per_token for x in points], [x.perplexity for x in points], "o-", label="converted"
     )
+    if trained:
+        axes.plot(
+            [x.bytes_per_token for x in trained],
+            [x.perplexity for x in trained],
+            "s--",
+            label="and trained for minutes (recorded)",
+        )
     axes.set_xscale("log", base=2)
     axes.set_xticks([x.bytes_per_token for x in points], [x.bytes_per_token for x in points])
     axes.set(xlabel="cached bytes per token", ylabel="test perplexity")

@@ -102,8 +102,9 @@ def demo(
     texts = [tokenizer.decode(tokens) for tokens in ours.tokens]
     decoded = _decoding.markdown(decodings, prompt.shape[1])
     decoded += f"\n## Estimating attention\n\n{estimation}. One layer of the model, forward.\n"
-    _compressing.draw(converted, out / "conversion.png")
-    decoded += _compressing.markdown(converted, "conversion.png")
+    trained = _compressing.trained_before(root / "bench" / "results" / "recovery-cpu.jsonl")
+    _compressing.draw(converted, trained, out / "conversion.png")
+    decoded += _compressing.markdown(converted, trained, "conversion.png")
     report.write_text(_markdown(theirs, ours, same, difference, patched, texts, decoded, figure))
     console.print(f"report: {report}")
     if not same or difference > TOLERANCE:
