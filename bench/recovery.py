@@ -93,7 +93,7 @@ def _files(tokenizer, split: str) -> Iterator[Tensor]:
     from examples.corpus import python_sources
 
     for _, text in python_sources(split):
-        yield torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+        yield torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
 
 
 def _bytes_per_token(model) -> int:
