@@ -28,7 +28,7 @@ STATE = "state.json"
 
 
 class StagedCheckpoint:
-    """A checkpoint in the making, one safetensors file per part.
+    """A checkpoint in the making, one safetensors file per part, or several of a large one.
 
     Args:
         destination: The folder that it becomes. It must not exist, or be empty, or be a checkpoint
@@ -37,6 +37,7 @@ class StagedCheckpoint:
         identity: What decides the bytes of the output: digests of the source, options, versions. An
             unfinished conversion is only resumed with an equal one.
         needed_bytes: Room that all parts take, asked for before anything is written.
+        shard_bytes: Size that no file exceeds, but for one that holds a single larger tensor.
         resume: Go on with an unfinished conversion of the same identity.
         force: Replace what is there.
 
@@ -52,6 +53,7 @@ class StagedCheckpoint:
         identity: Mapping[str, object],
         *,
         needed_bytes: int = 0,
+        shard_bytes: int | None = None,
         resume: bool = False,
         force: bool = False,
     ) -> None:
@@ -59,6 +61,7 @@ class StagedCheckpoint:
         self.parts = tuple(parts)
         self._staging = staging_of(self.destination)
         self._model = self._staging / "model"
+        self._shard_bytes = shard_bytes
         self._done: dict[str, dict] = {}
         identity = json.loads(json.dumps(identity))
         check_destination(self.destination, resume=resume, force=force)
@@ -67,11 +70,11 @@ class StagedCheckpoint:
         with self._one_clear_error():
             self._model.mkdir(parents=True, exist_ok=True)
             for leftover in self._model.iterdir():
-                if leftover.name not in {part["file"] for part in self._done.values()}:
+                if leftover.name not in self.digests:
                     leftover.unlink()
             self._identity = identity
             self._save_state()
-        needed = needed_bytes - sum(part["bytes"] for part in self._done.values())
+        needed = needed_bytes - sum(file["bytes"] for file in self._files())
         free = shutil.disk_usage(self._staging).free
         if needed > free:
             if not self._done:
@@ -92,9 +95,8 @@ class StagedCheckpoint:
 
     @property
     def digests(self) -> dict[str, str]:
-        """SHA-256 of the file of each finished part, in order, by file name."""
-        done = (self._done[part] for part in self.parts if part in self._done)
-        return {part["file"]: part["sha256"] for part in done}
+        """SHA-256 of the files of all finished parts, in order, by file name."""
+        return {file["file"]: file["sha256"] for file in self._files()}
 
     def write(self, part: str, tensors: Mapping[str, Tensor], notes: Mapping | None = None) -> None:
         """Store the tensors of a part; from here on it is finished.
@@ -102,22 +104,25 @@ class StagedCheckpoint:
         Raises:
             ConversionError: The disk is full or fails; finished parts stay, for ``resume``.
         """
-        number = self.parts.index(part) + 1
-        name = f"model-{number:05}-of-{len(self.parts):05}.safetensors"
-        tensors = {key: tensors[key].contiguous() for key in sorted(tensors)}
+        files = []
         with self._one_clear_error():
-            partial = self._model / f"{name}.partial"
-            save_file(tensors, partial, metadata={"format": "pt"})
-            _sync(partial)
-            self._done[part] = {
-                "file": name,
-                "sha256": file_digest(partial),
-                "bytes": sum(tensor.nbytes for tensor in tensors.values()),
-                "tensors": list(tensors),
-                # As they come back from state.json, so that a resumed run tells the same.
-                "notes": json.loads(as_json(dict(notes or {}))),
-            }
-            partial.rename(self._model / name)
+            for count, names in enumerate(_shards(tensors, self._shard_bytes), start=1):
+                shard = {name: tensors[name].contiguous() for name in names}
+                file = self._model / self._file_name(part, count)
+                partial = file.with_name(f"{file.name}.partial")
+                save_file(shard, partial, metadata={"format": "pt"})
+                _sync(partial)
+                files.append(
+                    {
+                        "file": file.name,
+                        "sha256": file_digest(partial),
+                        "bytes": sum(tensor.nbytes for tensor in shard.values()),
+                        "tensors": names,
+                    }
+                )
+                partial.rename(file)
+            # Notes as they come back from state.json, so that a resumed run tells the same.
+            self._done[part] = {"files": files, "notes": json.loads(as_json(dict(notes or {})))}
             self._save_state()
 
     def finish(self, files: Mapping[str, bytes]) -> None:
@@ -129,10 +134,10 @@ class StagedCheckpoint:
         missing = [part for part in self.parts if part not in self._done]
         if missing:
             raise ConversionError(f"parts that were not written: {', '.join(missing)}.")
-        done = [self._done[part] for part in self.parts]
+        written = list(self._files())
         index = {
-            "metadata": {"total_size": sum(part["bytes"] for part in done)},
-            "weight_map": {name: part["file"] for part in done for name in part["tensors"]},
+            "metadata": {"total_size": sum(file["bytes"] for file in written)},
+            "weight_map": {name: file["file"] for file in written for name in file["tensors"]},
         }
         with self._one_clear_error():
             for name, content in {**files, INDEX: as_json(index)}.items():
@@ -168,9 +173,19 @@ class StagedCheckpoint:
                 "the same source and options, or pass force without resume to start again."
             )
         for part, done in state["parts"].items():
-            path = self._model / done["file"]
-            if path.exists() and file_digest(path) == done["sha256"]:
+            paths = {self._model / file["file"]: file["sha256"] for file in done["files"]}
+            if all(path.exists() and file_digest(path) == sha for path, sha in paths.items()):
                 self._done[part] = done
+
+    def _files(self) -> Iterator[dict]:
+        """What is known of the files of all finished parts, in order."""
+        for part in self.parts:
+            if part in self._done:
+                yield from self._done[part]["files"]
+
+    def _file_name(self, part: str, count: int) -> str:
+        place = f"{self.parts.index(part) + 1:05}-of-{len(self.parts):05}"
+        return f"model-{place}{f'-{count}' if count > 1 else ''}.safetensors"
 
     def _save_state(self) -> None:
         partial = self._staging / f"{STATE}.partial"
@@ -217,6 +232,19 @@ def check_destination(destination: Path, *, resume: bool, force: bool) -> None:
         raise ConversionError(
             f"{destination} holds something that is no checkpoint, which force does not replace."
         )
+
+
+def _shards(tensors: Mapping[str, Tensor], most: int | None) -> Iterator[list[str]]:
+    """Names in order, cut where another tensor would be too many bytes for one file."""
+    names: list[str] = []
+    size = 0
+    for name in sorted(tensors):
+        if names and most is not None and size + tensors[name].nbytes > most:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += tensors[name].nbytes
+    yield names
 
 
 def as_json(value: object) -> bytes:

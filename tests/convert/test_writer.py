@@ -61,6 +61,29 @@ def test_what_is_written_is_a_checkpoint(tmp_path):
     assert index["metadata"]["total_size"] == checkpoint.nbytes
 
 
+def test_no_file_is_larger_than_asked_unless_one_tensor_is(tmp_path, whole):
+    """And however they are cut, damaged and resumed, the tensors are the same."""
+    staged = convert(tmp_path / "out", shard_bytes=20)
+    sizes = {path.name: path for path in (tmp_path / "out").glob("*.safetensors")}
+    # The embedding alone is larger; of layer 0, one tensor goes to each file.
+    assert sorted(sizes) == [
+        "model-00001-of-00003.safetensors",
+        "model-00002-of-00003-2.safetensors",
+        "model-00002-of-00003.safetensors",
+        "model-00003-of-00003.safetensors",
+    ]
+    assert sorted(load_file(sizes["model-00002-of-00003-2.safetensors"])) == ["b"]
+    checkpoint = Checkpoint.open(tmp_path / "out")
+    assert staged.digests == checkpoint.digests
+    found = checkpoint.read(checkpoint.tensors)
+    for part in PARTS.values():
+        for name, tensor in part.items():
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
+    # Enough room for all of a part makes what no bound makes.
+    convert(tmp_path / "loose", shard_bytes=10**6)
+    assert contents(tmp_path / "loose") == whole
+
+
 EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate"}
 
 
@@ -122,6 +145,16 @@ def test_a_shard_that_was_damaged_is_written_again(tmp_path, whole):
     shards[0].write_bytes(b"?" * shards[0].stat().st_size)
     convert(out, resume=True)
     assert contents(out) == whole
+
+
+def test_of_a_part_in_several_files_every_one_is_checked(tmp_path):
+    convert(tmp_path / "whole", shard_bytes=20)
+    staged = StagedCheckpoint(tmp_path / "out", list(PARTS), IDENTITY, shard_bytes=20)
+    staged.write("layer 0", PARTS["layer 0"], {"error": 7})
+    second = tmp_path / ".out.converting" / "model" / "model-00002-of-00003-2.safetensors"
+    second.write_bytes(b"?")
+    convert(tmp_path / "out", shard_bytes=20, resume=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_a_conversion_with_other_options_is_not_resumed(tmp_path):
