@@ -21,7 +21,7 @@ from efficient_attn.convert.attention_weights import LatentAttentionWeights
 from efficient_attn.convert.checkpoint import Checkpoint
 from efficient_attn.convert.mla import (
     CompressOptions,
-    best_rope_dim,
+    best_choice,
     calibrate,
     compress,
     error_curve,
@@ -128,10 +128,10 @@ class Specimen:
 
     def rope_dim(self, numbers: int, options: CompressOptions, table=None) -> int:
         """How many of the numbers to turn."""
-        return best_rope_dim(
+        return best_choice(
             error_curve(weights, moments, numbers, options, table=table)
             for weights, moments in zip(self.layers, self.moments, strict=True)
-        )
+        )[1]
 
     def table(self, count: int) -> Tensor:
         """So many frequencies, the same for all layers."""
@@ -230,7 +230,7 @@ def measure(
 
 def _ladder() -> dict[str, CompressOptions]:
     """From the published choices to the default, step by step."""
-    options, found = CompressOptions.paper(), {}
+    options, found = CompressOptions.paper(fold=1), {}
     for name, change in LADDER.items():
         options = replace(options, **change)
         found[name] = options

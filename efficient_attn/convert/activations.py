@@ -29,6 +29,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
 }
 Attend = Callable[[Tensor], Tensor]
+DEVICES = ("cpu", "cuda")
 
 
 class Activations:
@@ -38,12 +39,21 @@ class Activations:
         source: The model.
         rows: Tokens ``(B, N)``.
         batch: Rows computed at once.
+        device: Where they are computed.
 
     Raises:
-        ConversionError: A token is not in the vocabulary, or the activation of the MLP is unknown.
+        ConversionError: There is no such device, a token is not in the vocabulary, or the
+            activation of the MLP is unknown.
     """
 
-    def __init__(self, source: Source, rows: Tensor, *, batch: int = 4) -> None:
+    def __init__(
+        self, source: Source, rows: Tensor, *, batch: int = 4, device: str = "cpu"
+    ) -> None:
+        if device not in DEVICES or (device == "cuda" and not torch.cuda.is_available()):
+            raise ConversionError(
+                f"device is {device!r}; take one of {', '.join(DEVICES)}, and cuda only where "
+                "torch has one."
+            )
         if rows.dim() != 2 or not rows.numel():
             raise ConversionError(
                 f"calibration tokens have shape {tuple(rows.shape)}; they must be (rows, tokens)."
@@ -59,6 +69,7 @@ class Activations:
         self.source = source
         self.rows = rows
         self.batch = batch
+        self.device = device
         self.layer = 0
         self._folder = tempfile.TemporaryDirectory(prefix="activations-")
         count = rows.numel() * source.config["hidden_size"]
@@ -78,45 +89,60 @@ class Activations:
         self.layer = 0
         self._embed()
 
+    def go_to(self, layer: int) -> None:
+        """On to a layer, or back to one, with the source's own layers before it."""
+        if self.layer > layer:
+            self.restart()
+        while self.layer < layer:
+            self.advance()
+
+    def first_input(self) -> Tensor:
+        """What the first row ``(N, D)`` brings to the attention of the layer, on the CPU."""
+        return next(self.inputs())[0].cpu()
+
     def inputs(self) -> Iterator[Tensor]:
         """Batches ``(B, N, D)`` of what enters the attention of the current layer."""
         norm = self._tensors(self.layer, ["input_layernorm.weight"])["input_layernorm.weight"]
         for states in self._states.split(self.batch):
-            yield self._normalised(states, norm)
+            yield self._normalised(states.to(self.device), norm)
 
     def advance(self, attend: Attend | None = None) -> None:
         """Through the current layer, to the next.
 
         Args:
             attend: From the inputs ``(N, D)`` of its attention, one sequence, to what that adds to
-                the hidden states; by default, the source's.
+                the hidden states, on the device of these; by default, the source's.
         """
         if attend is None:
-            weights = in_fp32(self.source.attention(self.layer))
+            weights = in_fp32(self.source.attention(self.layer), self.device)
             attend = partial(grouped_attention, weights)
         prefix = self.source.family.layers.format(self.layer)
         tensors = self._tensors(
             self.layer, [n.removeprefix(prefix) for n in self.source.other_names(self.layer)]
         )
-        for states in self._states.split(self.batch):
+        for kept in self._states.split(self.batch):
+            states = kept.to(self.device)
             x = self._normalised(states, tensors["input_layernorm.weight"])
             states += torch.stack([attend(row) for row in x])
             x = self._normalised(states, tensors["post_attention_layernorm.weight"])
-            states += self._feed_forward(x, tensors)
+            kept.copy_(states + self._feed_forward(x, tensors))
         self.layer += 1
 
     def losses(self) -> Tensor:
         """Each token's loss ``(B, N)`` in nats after the last layer; that of the first is 0."""
-        while self.layer < self.source.num_layers:
-            self.advance()
+        self.go_to(self.source.num_layers)
         names = ["model.norm.weight", "lm_head.weight"]
         if self.source.config["tie_word_embeddings"]:
             names[1] = "model.embed_tokens.weight"
-        norm, head = (self.source.checkpoint.read([name])[name].float() for name in names)
+        norm, head = (
+            self.source.checkpoint.read([name])[name].to(self.device, torch.float32)
+            for name in names
+        )
         found = torch.zeros(self.rows.shape)
         for i, states in enumerate(self._states):
-            logits = self._normalised(states[:-1], norm) @ head.T
-            found[i, 1:] = F.cross_entropy(logits, self.rows[i, 1:], reduction="none")
+            logits = self._normalised(states[:-1].to(self.device), norm) @ head.T
+            following = self.rows[i, 1:].to(self.device)
+            found[i, 1:] = F.cross_entropy(logits, following, reduction="none")
         return found
 
     def _embed(self) -> None:
@@ -128,7 +154,8 @@ class Activations:
     def _tensors(self, layer: int, names: list[str]) -> dict[str, Tensor]:
         prefix = self.source.family.layers.format(layer)
         found = self.source.checkpoint.read([prefix + name for name in names])
-        return {name.removeprefix(prefix): x.float() for name, x in found.items()}
+        options = {"device": self.device, "dtype": torch.float32}
+        return {name.removeprefix(prefix): x.to(**options) for name, x in found.items()}
 
     def _normalised(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], weight, self.source.config["rms_norm_eps"])

@@ -6,8 +6,6 @@ the input, in plain PyTorch.
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -16,22 +14,19 @@ from torch.nn import functional as F
 from efficient_attn.convert.attention_weights import (
     GroupedAttentionWeights,
     LatentAttentionWeights,
+    Weights,
+    with_tensors,
 )
 from efficient_attn.convert.mla.moments import heads_of, turned
 
 
-def in_fp32(
-    weights: GroupedAttentionWeights | LatentAttentionWeights,
-) -> GroupedAttentionWeights | LatentAttentionWeights:
-    """The same layer with matrices, biases and norms in fp32."""
-    changes = {}
-    for field in dataclasses.fields(weights):
-        value = getattr(weights, field.name)
-        if isinstance(value, GroupedAttentionWeights):
-            changes[field.name] = in_fp32(value)
-        elif isinstance(value, Tensor) and field.name != "inverse_frequencies":
-            changes[field.name] = value.float()
-    return dataclasses.replace(weights, **changes)
+def in_fp32(weights: Weights, device: torch.device | str = "cpu") -> Weights:
+    """The same layer on a device, with matrices, biases and norms in fp32."""
+
+    def change(name: str, x: Tensor) -> Tensor:
+        return x.to(device) if name == "inverse_frequencies" else x.to(device, torch.float32)
+
+    return with_tensors(weights, change)
 
 
 def grouped_attention(weights: GroupedAttentionWeights, x: Tensor) -> Tensor:
@@ -51,7 +46,8 @@ def latent_attention(weights: LatentAttentionWeights, x: Tensor) -> Tensor:
     """The same of a converted layer, its latent expanded to heads."""
     heads, nope, rope = weights.num_heads, weights.qk_nope_head_dim, weights.qk_rope_head_dim
     if weights.source is None:
-        query = F.linear(x, weights.query.to(x.dtype), _bias(weights.query_bias, x))
+        seen = x if weights.query_down is None else x @ weights.query_down.to(x.dtype).mT
+        query = F.linear(seen, weights.query.to(x.dtype), _bias(weights.query_bias, x))
         query = rearrange(query, "n (h d) -> h n d", h=heads)
         features = x
     else:
@@ -80,7 +76,8 @@ def _attended(
     tokens = query.shape[1]
     order: dict[str, object] = {"is_causal": True}
     if weights.window is not None and weights.window < tokens:
-        distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
+        at = torch.arange(tokens, device=query.device)
+        distance = at[:, None] - at
         order = {"attn_mask": (distance >= 0) & (distance < weights.window)}
     heads = (query[None], key[None], value[None])
     out = F.scaled_dot_product_attention(*heads, scale=weights.scale, **order, **options)[0]
@@ -89,7 +86,7 @@ def _attended(
 
 def _turned_neighbours(x: Tensor, weights: LatentAttentionWeights) -> Tensor:
     """``(heads, N, d_r)`` turned by their positions, pairs being neighbours."""
-    positions = torch.arange(x.shape[1], dtype=torch.float64)
+    positions = torch.arange(x.shape[1], dtype=torch.float64, device=x.device)
     angle = positions[:, None] * weights.inverse_frequencies.double()
     cos, sin = (part.to(x.dtype) * weights.rotary_scale for part in (angle.cos(), angle.sin()))
     first, second = x[..., 0::2], x[..., 1::2]

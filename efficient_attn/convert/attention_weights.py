@@ -7,9 +7,14 @@ between them never sees a file or a model class. Matrices are ``(out, in)``, as 
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
+
+Weights = TypeVar("Weights", bound="GroupedAttentionWeights | LatentAttentionWeights")
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,8 @@ class LatentAttentionWeights:
 
     Attributes:
         query: ``(H (d_n + d_r), D)``, per head the d_n rows before the d_r; with bias or None.
+        query_down: ``(q_r, D)``, a latent that queries are made from in place of the input, so that
+            ``query`` is ``(H (d_n + d_r), q_r)``; or None.
         latent_down: ``(r + d_r, D)``, the r rows of the latent before the d_r; with bias or None.
         latent_up: ``(H (d_n + d_v), r)``, per head the d_n rows before the d_v.
         output: ``(D, H d_v)``, with bias or None.
@@ -104,6 +111,7 @@ class LatentAttentionWeights:
     query_bias: Tensor | None = None
     latent_down_bias: Tensor | None = None
     output_bias: Tensor | None = None
+    query_down: Tensor | None = None
     rotary_scale: float = 1.0
     window: int | None = None
     source: GroupedAttentionWeights | None = None
@@ -137,3 +145,15 @@ class FactoredAttentionWeights:
     latents: GroupedAttentionWeights
     key_up: Tensor | None = None
     value_up: Tensor | None = None
+
+
+def with_tensors(weights: Weights, change: Callable[[str, Tensor], Tensor]) -> Weights:
+    """The same layer, every tensor of it and of its source put through ``change(name, x)``."""
+    changes = {}
+    for field in dataclasses.fields(weights):
+        value = getattr(weights, field.name)
+        if isinstance(value, GroupedAttentionWeights):
+            changes[field.name] = with_tensors(value, change)
+        elif isinstance(value, Tensor):
+            changes[field.name] = change(field.name, value)
+    return dataclasses.replace(weights, **changes)

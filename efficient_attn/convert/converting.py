@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -14,6 +14,7 @@ from efficient_attn.convert.pipeline import Conversion, check_apart, open_source
 from efficient_attn.convert.report import ConversionReport
 from efficient_attn.convert.text import rows_of_text
 from efficient_attn.convert.writer import check_destination
+from efficient_attn.errors import ConversionError
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ METHODS = {
     "gqa": Method(to_gqa.plan, to_gqa.GqaOptions, calibrates=True),
     "mla": Method(to_mla.plan, to_mla.MlaOptions, calibrates=True),
 }
+# Tokens in a row of calibration text.
 CALIBRATION_LENGTH = 512
 
 
@@ -47,6 +49,11 @@ def convert(
     *,
     calib: str | Path | Tensor | None = None,
     calib_tokens: int = 65536,
+    calib_length: int = CALIBRATION_LENGTH,
+    held_out: str | Path | Tensor | None = None,
+    device: str = "cpu",
+    max_memory: float | None = None,
+    shard_size: float | None = None,
     dry_run: bool = False,
     resume: bool = False,
     force: bool = False,
@@ -62,7 +69,16 @@ def convert(
         to: What to convert to: ``"mla"``, ``"gqa"`` or ``"diffqkv"``.
         calib: What a lossy conversion is fitted to: a file of text, or rows of tokens ``(B, N)``.
             Measure the result on another text.
-        calib_tokens: How many tokens of the file to use, in rows of 512.
+        calib_tokens: How many tokens of the file to use.
+        calib_length: How many of them in a row: as far back as attention is seen to look.
+        held_out: A text of its own, or rows of tokens, to tell on how much of what ``"mla"`` loses
+            in mode ``"compress"`` is lost by turning less, and how much by caching less. Takes as
+            long as calibration does.
+        device: Where the model is computed on calibration tokens, ``"cpu"`` or ``"cuda"``.
+            Everything else is on the CPU.
+        max_memory: Gigabytes; a conversion that is estimated to take more is refused.
+        shard_size: Gigabytes that no file of the output exceeds, unless a single tensor does. There
+            is one file for each layer, or more.
         dry_run: Only say what would be done; nothing is written, and of ``src`` no weight is read.
         resume: Go on with a conversion that was interrupted; it ends with the same bytes.
         force: Replace a checkpoint that is at ``dst``.
@@ -88,24 +104,52 @@ def convert(
     if calib is not None and not method.calibrates:
         raise ValueError(f"calib is given, and conversion to {to!r} is not fitted to anything.")
     chosen = method.options(**options)
+    if shard_size is not None and shard_size <= 0:
+        raise ValueError(f"shard_size is {shard_size} GB; it must be above 0.")
     source = open_source(src)
     check_apart(source, Path(dst))
     if not dry_run and not resume:
         # At once, rather than after calibration.
         check_destination(Path(dst), resume=resume, force=force)
 
-    def flow() -> Activations:
-        rows = calib
-        if not isinstance(rows, Tensor):
-            length = min(CALIBRATION_LENGTH, calib_tokens)
-            rows = rows_of_text(src, calib, tokens=calib_tokens, length=length)
-        return Activations(source, rows)
+    def rows(text: str | Path | Tensor) -> Tensor:
+        if isinstance(text, Tensor):
+            return text
+        length = min(calib_length, calib_tokens)
+        return rows_of_text(src, text, tokens=calib_tokens, length=length)
 
-    if method.calibrates:
+    def flow() -> Activations:
+        return Activations(source, rows(calib), device=device)
+
+    def planned(*, dry_run: bool) -> Conversion:
+        if not method.calibrates:
+            return method.plan(source, chosen)
         calibration = None if calib is None else flow
-        conversion = method.plan(source, chosen, calibration, dry_run=dry_run, progress=progress)
-    else:
-        conversion = method.plan(source, chosen)
+        return method.plan(source, chosen, calibration, dry_run=dry_run, progress=progress)
+
+    if max_memory is not None:
+        _refuse_memory(planned(dry_run=True), max_memory)
+    measured = None if held_out is None else rows(held_out)
+    conversion = planned(dry_run=dry_run)
     if dry_run:
         return ConversionReport.before(conversion)
-    return run(source, conversion, Path(dst), resume=resume, force=force, progress=progress)
+    report = run(
+        source,
+        conversion,
+        Path(dst),
+        shard_bytes=None if shard_size is None else max(1, int(shard_size * 1e9)),
+        resume=resume,
+        force=force,
+        progress=progress,
+    )
+    if measured is None or conversion.less_turned is None:
+        return report
+    return replace(report, losses=conversion.less_turned(measured))
+
+
+def _refuse_memory(conversion: Conversion, most: float) -> None:
+    if conversion.memory_bytes > most * 1e9:
+        raise ConversionError(
+            f"this takes about {conversion.memory_bytes / 1e9:.2f} GB of memory, and max_memory is "
+            f"{most:g}. Without loss takes least; give more, or convert on a larger machine."
+        )

@@ -13,7 +13,7 @@ DeepSeek's classes differ from :class:`LatentAttentionWeights` in four ways, whi
 - There is one rotary table for all layers, ``theta ** (-2 i / d_r)``: other tables go through the
   divisors of longrope.
 
-Only with a bias on queries another way is taken, through DeepSeek's low-rank queries.
+A bias on queries takes another way, through DeepSeek's low-rank queries.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class DeepseekFormat:
         frequencies: ``(d_r / 2,)``, the rotary table of all layers.
         query_bias: Whether queries may have a bias.
         bias: Whether anything may.
+        query_latent: Width of a latent that queries are made from, or None for the input itself.
     """
 
     hidden_size: int
@@ -55,6 +56,7 @@ class DeepseekFormat:
     frequencies: Tensor
     query_bias: bool = False
     bias: bool = False
+    query_latent: int | None = None
 
     @property
     def residual_gain(self) -> float:
@@ -63,10 +65,11 @@ class DeepseekFormat:
 
     @property
     def q_lora_rank(self) -> int | None:
-        """Width of the latent of queries: the input, a one for the bias, and padding."""
+        """Width of the latent of queries, with a one for a bias and padding; None for none."""
         if not self.query_bias:
-            return None
-        return math.ceil((self.hidden_size + 1) / ALIGNMENT) * ALIGNMENT
+            return self.query_latent
+        width = self.hidden_size if self.query_latent is None else self.query_latent
+        return math.ceil((width + 1) / ALIGNMENT) * ALIGNMENT
 
     def layer(
         self, weights: LatentAttentionWeights, input_norm: Tensor
@@ -120,30 +123,41 @@ class DeepseekFormat:
         }
 
     def _queries(self, weights: LatentAttentionWeights, input_norm: Tensor) -> dict[str, Tensor]:
-        gain = _query_gain(weights)
-        if not self.query_bias:
+        gain, latent = _query_gain(weights), self.q_lora_rank
+        if latent is None:
             return {"q_proj.weight": self._rounded(weights.query, gain.unsqueeze(1))}
-        # The latent of queries is the input itself, followed by a one that carries the bias.
-        width, latent = self.hidden_size, self.q_lora_rank
-        mean_square = (width * float(input_norm.double().square().max()) + 1) / latent
-        exponent = self._norm_exponent(mean_square)
+        down, width = weights.query_down, self.hidden_size
+        if down is None:
+            # The latent is the input itself.
+            made, squares = width, width * float(input_norm.double().square().max())
+        else:
+            made = len(down)
+            squares = made * latent_ceiling(down.double(), torch.zeros(made), input_norm)
+        # A bias is carried by a one behind it.
+        exponent = self._norm_exponent((squares + self.query_bias) / latent)
         shrink = math.sqrt(LATENT_EPS) * 2.0**-exponent
-        down = torch.zeros(latent, width, dtype=self.dtype)
-        down.diagonal().fill_(shrink)
-        down_bias = torch.zeros(latent, dtype=self.dtype)
-        down_bias[width] = shrink
+        one = torch.tensor(shrink).to(self.dtype)
         # By what rounding made of it, not by what it was to be: this undoes it exactly.
-        gain = gain * (math.sqrt(LATENT_EPS) * 2.0**-exponent / float(down_bias[width]))
+        regain = gain * (shrink / float(one))
+        first = torch.zeros(latent, width, dtype=self.dtype)
         up = torch.zeros(len(weights.query), latent, dtype=self.dtype)
-        up[:, :width] = self._rounded(weights.query, gain.unsqueeze(1))
+        if down is None:
+            first.diagonal().fill_(one)
+            up[:, :made] = self._rounded(weights.query, regain.unsqueeze(1))
+        else:
+            first[:made] = self._rounded(down, shrink)
+            up[:, :made] = self._rounded(weights.query, gain.unsqueeze(1))
         if weights.query_bias is not None:
-            up[:, width] = self._rounded(weights.query_bias, gain)
-        return {
-            "q_a_proj.weight": down,
-            "q_a_proj.bias": down_bias,
+            up[:, made] = self._rounded(weights.query_bias, regain)
+        found = {
+            "q_a_proj.weight": first,
             "q_a_layernorm.weight": torch.full((latent,), 2.0**exponent, dtype=self.dtype),
             "q_b_proj.weight": up,
         }
+        if self.bias:
+            found["q_a_proj.bias"] = torch.zeros(latent, dtype=self.dtype)
+            found["q_a_proj.bias"][made : made + self.query_bias] = one
+        return found
 
     def _norm_exponent(self, mean_square: float) -> int:
         """The smallest even ``k`` that leaves less than what is tolerated."""
@@ -164,6 +178,8 @@ class DeepseekFormat:
     def _refuse(self, weights: LatentAttentionWeights) -> None:
         if not torch.equal(weights.inverse_frequencies.double(), self.frequencies.double()):
             raise ConversionError("the layer has a rotary table of its own; this target has one.")
+        if self.query_latent != (None if weights.query_down is None else len(weights.query_down)):
+            raise ConversionError("the layer's queries are made from a latent of another width.")
         left_out = []
         if weights.query_bias is not None and not self.query_bias:
             left_out.append("query_bias")
@@ -207,7 +223,10 @@ def latent_ceiling(down: Tensor, bias: Tensor, input_norm: Tensor) -> float:
 
 
 def deepseek_config(
-    source: Mapping[str, object], sizes: Mapping[str, int], form: DeepseekFormat, theta: float
+    source: Mapping[str, object],
+    sizes: Mapping[str, int],
+    form: DeepseekFormat,
+    rope: Mapping[str, object],
 ) -> dict[str, object]:
     """The ``config.json`` of the export, for transformers and for engines.
 
@@ -215,7 +234,7 @@ def deepseek_config(
         source: The source's config, complete.
         sizes: ``kv_lora_rank``, ``qk_rope_head_dim``, ``qk_nope_head_dim`` and ``v_head_dim``.
         form: The format that the layers were written in.
-        theta: Rotary base of the source.
+        rope: Rotary settings that make the format's table.
     """
     layers, heads = source["num_hidden_layers"], source["num_attention_heads"]
     copied = (
@@ -223,7 +242,6 @@ def deepseek_config(
         + ["num_attention_heads", "max_position_embeddings", "initializer_range"]
         + ["bos_token_id", "eos_token_id", "pad_token_id"]
     )
-    rope = rotary_settings(form.frequencies, theta, source["max_position_embeddings"])
     return {
         **{name: source[name] for name in copied if name in source},
         "architectures": ["DeepseekV3ForCausalLM"],

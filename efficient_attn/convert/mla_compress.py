@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
@@ -20,10 +21,13 @@ from efficient_attn.convert.mla import (
     LayerMoments,
     calibrate,
     compress,
+    turned_in_part,
+    with_query_latent,
 )
 from efficient_attn.convert.mla.sizes import (
-    best_rope_dim,
-    candidate_rope_dims,
+    best_choice,
+    candidates,
+    divide,
     error_curve,
     rank_beside,
     shared_table,
@@ -32,6 +36,9 @@ from efficient_attn.convert.mla.sizes import (
 from efficient_attn.convert.mla_targets import MlaSizes
 from efficient_attn.convert.source import Source
 from efficient_attn.errors import ConversionError
+
+# What a layer may have of an even share, where layers are given different sizes.
+SHARES = (0.5, 0.75, 1.0, 1.5, 2.0)
 
 
 class CompressedLayers:
@@ -43,6 +50,8 @@ class CompressedLayers:
         rope_dim: Those of the rotary key, or None to choose.
         options: The other choices.
         table: ``(d_r / 2,)`` frequencies that the target prescribes, or None.
+        per_layer: Give layers different sizes, ``numbers`` of each in the mean.
+        q_lora_rank: Width of a latent to make queries from, or None.
         attended: Sequences of which attention itself is computed.
 
     Raises:
@@ -57,30 +66,34 @@ class CompressedLayers:
         options: CompressOptions,
         *,
         table: Tensor | None = None,
+        per_layer: bool = False,
+        q_lora_rank: int | None = None,
         attended: int = 16,
     ) -> None:
         self.source = source
         self.numbers = numbers
         self.options = options
+        self.per_layer = per_layer
+        self.q_lora_rank = q_lora_rank
         self.attended = attended
-        self.open = rope_dim is None
+        self.open = rope_dim is None or options.fold is None or per_layer
         self.flow: Activations | None = None
+        self._rope_dim = rope_dim
         self._token_weights: Tensor | None = None
         self._prescribed = table
-        outline = source.outline(0)
-        if rope_dim is None:
-            if numbers < 3:
-                raise ConversionError(
-                    f"{numbers} numbers per token and layer are too few to cache; 3 are the least."
-                )
-            candidates = candidate_rope_dims(outline, numbers, options)
-            rope_dim = candidates[len(candidates) // 2]
-        self._settle_on(rope_dim)
+        if self.open and numbers < 3:
+            raise ConversionError(
+                f"{numbers} numbers per token and layer are too few to cache; 3 are the least."
+            )
+        if self.open:
+            found = candidates(source.outline(0), numbers, rope_dim, options)
+            rope_dim = found[len(found) // 2][1]
+        self._settle_on([(numbers, rope_dim)] * source.num_layers)
         biases = source.family.biases(source.config)
         self.output_bias = biases[2] or biases[3] or (options.center and options.output_bias)
 
     def settle(self, flow: Activations, *, one_table: bool, progress: bool = False) -> None:
-        """Choose what is the same for all layers: the rotary width, and maybe one table.
+        """Choose sizes, the fold, and maybe one table, as far as they are open.
 
         Args:
             flow: Calibration tokens.
@@ -94,51 +107,72 @@ class CompressedLayers:
         one_table = one_table and self._prescribed is None
         if not self.open and not one_table:
             return
-        curves, gains = [], []
+        shares = SHARES if self.per_layer else (1.0,)
+        numbers = sorted({self._at_most(share * self.numbers) for share in shares})
+        curves: list[dict[int, dict[tuple[int, int], float]]] = []
+        gains = []
         layers = range(self.source.num_layers)
         for index in tqdm(layers, unit="layer", desc="choosing", disable=not progress):
             weights = self.source.attention(index)
             moments = self._moments(weights)
             if self.open:
-                curve = error_curve(weights, moments, self.numbers, self.options)
-                curves.append({width: e for width, e in curve.items() if width or not one_table})
+                curves.append({n: self._curve(weights, moments, n, one_table) for n in numbers})
             gains.append(turning_gains(weights, moments))
             flow.advance()
         flow.restart()
-        rope_dim = best_rope_dim(curves) if self.open else self.sizes.qk_rope_head_dim
+        sizes = [(self.numbers, self.sizes[0].qk_rope_head_dim)] * self.source.num_layers
+        if self.open:
+            even = self._at_most(self.numbers)
+            fold, rope_dim = best_choice(curve[even] for curve in curves)
+            self.options = replace(self.options, fold=fold)
+            sizes = [(self.numbers, rope_dim)] * self.source.num_layers
+        if self.per_layer:
+            sizes = _divided(curves, fold, self.numbers * self.source.num_layers)
         if one_table and self.options.selection != "grid":
-            self._prescribed = shared_table(gains, self.source.inverse_frequencies, rope_dim // 2)
-        self._settle_on(rope_dim)
+            count = sizes[0][1] // 2
+            self._prescribed = shared_table(gains, self.source.inverse_frequencies, count)
+        self._settle_on(sizes)
 
     def convert(self, index: int) -> tuple[LatentAttentionWeights, dict[str, float]]:
         """One compressed layer, and figures of what it costs.
 
         ``key_error`` and ``value_error`` are expected mean squares of the change of the layer's
-        output; ``output_error`` is its relative change on the first calibration tokens.
+        output. ``output_error`` is its relative change on the first calibration tokens;
+        ``rope_error`` is that of turning less alone, and ``rank_error`` that of what it adds to
+        cache less.
         """
         if self.flow.layer > index:
             self.flow.restart()
         while self.flow.layer < index:
-            found = self._current()[1] if self.options.sequential else None
+            found = self._current()[2] if self.options.sequential else None
             self._advance(found)
-        weights, found = self._current()
-        changed = self._output_error(weights, found)
-        self._advance(found if self.options.sequential else None)
+        weights, moments, found = self._current()
         notes = {"key_error": found.key_error, "value_error": found.value_error}
-        return found.weights, {**notes, "output_error": changed}
+        notes |= self._errors(weights, moments, found)
+        self._advance(found if self.options.sequential else None)
+        return found.weights, notes
 
-    def _current(self) -> tuple[GroupedAttentionWeights, Compressed]:
+    def turned_in_part(self, index: int) -> LatentAttentionWeights:
+        """A layer that turns as little as the compressed one, and keeps everything else."""
+        self.flow.go_to(index)
+        weights = self.source.attention(index)
+        return self._turned_in_part(weights, self._moments(weights))
+
+    def _current(self) -> tuple[GroupedAttentionWeights, LayerMoments, Compressed]:
         weights = self.source.attention(self.flow.layer)
         moments = self._moments(weights)
-        return weights, self._compress(weights, moments)
+        return weights, moments, self._compress(weights, moments)
 
     def _advance(self, found: Compressed | None) -> None:
         self.flow.advance(
-            None if found is None else partial(latent_attention, in_fp32(found.weights))
+            None
+            if found is None
+            else partial(latent_attention, in_fp32(found.weights, self.flow.device))
         )
 
     def _moments(self, weights: GroupedAttentionWeights) -> LayerMoments:
-        return calibrate(in_fp32(weights), self._inputs(), attended=self.attended)
+        device = self.flow.device
+        return calibrate(in_fp32(weights), self._inputs(), attended=self.attended, device=device)
 
     def _inputs(self) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
         if self._token_weights is None:
@@ -147,39 +181,98 @@ class CompressedLayers:
             batches = self._token_weights.split(self.flow.batch)
             yield from zip(self.flow.inputs(), batches, strict=True)
 
+    def _curve(
+        self,
+        weights: GroupedAttentionWeights,
+        moments: LayerMoments,
+        numbers: int,
+        one_table: bool,
+    ) -> dict[tuple[int, int], float]:
+        curve = error_curve(weights, moments, numbers, self.options, rope_dim=self._rope_dim)
+        return {choice: e for choice, e in curve.items() if choice[1] or not one_table}
+
     def _compress(self, weights: GroupedAttentionWeights, moments: LayerMoments) -> Compressed:
+        sizes = self.sizes[self.flow.layer]
         try:
-            return compress(
+            found = compress(
                 weights,
                 moments,
-                kv_lora_rank=self.sizes.kv_lora_rank,
-                rope_dim=self.sizes.qk_rope_head_dim,
+                kv_lora_rank=sizes.kv_lora_rank,
+                rope_dim=sizes.qk_rope_head_dim,
                 options=self.options,
                 frequencies=self._prescribed,
             )
+            if self.q_lora_rank is None:
+                return found
+            query = with_query_latent(found.weights, weights, self.q_lora_rank, moments.inputs)
+            return replace(found, weights=query)
         except ValueError as error:
             raise ConversionError(str(error)) from error
 
-    def _output_error(self, weights: GroupedAttentionWeights, found: Compressed) -> float:
-        row = next(self.flow.inputs())[0]
-        expected = grouped_attention(in_fp32(weights), row)
-        got = latent_attention(in_fp32(found.weights), row)
-        return float((got - expected).norm() / expected.norm().clamp(min=1e-30))
+    def _turned_in_part(
+        self, weights: GroupedAttentionWeights, moments: LayerMoments
+    ) -> LatentAttentionWeights:
+        return turned_in_part(
+            weights,
+            moments,
+            rope_dim=self.sizes[self.flow.layer].qk_rope_head_dim,
+            options=self.options,
+            frequencies=self._prescribed,
+        )
 
-    def _settle_on(self, rope_dim: int) -> None:
+    def _errors(
+        self, weights: GroupedAttentionWeights, moments: LayerMoments, found: Compressed
+    ) -> dict[str, float]:
+        row = self.flow.first_input()
+        expected = grouped_attention(in_fp32(weights), row)
+        turned, got = (
+            latent_attention(in_fp32(each), row)
+            for each in (self._turned_in_part(weights, moments), found.weights)
+        )
+        size = expected.norm().clamp(min=1e-30)
+        pairs = {
+            "rope_error": (turned, expected),
+            "rank_error": (got, turned),
+            "output_error": (got, expected),
+        }
+        return {name: float((x - y).norm() / size) for name, (x, y) in pairs.items()}
+
+    def _at_most(self, numbers: float) -> int:
+        """So many numbers, or as many as a layer can use, or as few as it can have."""
+        return max(3, min(int(numbers), 2 * len(self.source.outline(0).key)))
+
+    def _settle_on(self, sizes: list[tuple[int, int]]) -> None:
+        """Take so many numbers in each layer, and so many of them turned."""
+        dim, outline = self.source.config["head_dim"], self.source.outline(0)
         try:
-            rank = rank_beside(self.source.outline(0), self.numbers, rope_dim)
+            ranks = [rank_beside(outline, *size) for size in sizes]
         except ValueError as error:
             raise ConversionError(
                 f"{self.numbers} cached numbers per token and layer do not fit this model: {error}"
             ) from error
-        dim = self.source.config["head_dim"]
-        self.sizes = MlaSizes(rank, rope_dim, dim, dim)
+        self.sizes = tuple(
+            MlaSizes(rank, rope_dim, dim, dim)
+            for rank, (_, rope_dim) in zip(ranks, sizes, strict=True)
+        )
         self.table = self._prescribed
         if self.table is None:
             # That of TransMLA's grid; where layers are free, theirs go with them instead.
-            self.table = self.source.inverse_frequencies.double()[:: self._stride(rope_dim)]
+            stride = self._stride(self.sizes[0].qk_rope_head_dim)
+            self.table = self.source.inverse_frequencies.double()[::stride]
 
     def _stride(self, rope_dim: int) -> int:
         pairs = len(self.source.inverse_frequencies)
         return max(1, pairs // max(1, rope_dim // 2))
+
+
+def _divided(
+    curves: list[dict[int, dict[tuple[int, int], float]]], fold: int, total: int
+) -> list[tuple[int, int]]:
+    """Numbers of each layer, and how many of them are turned, for one fold."""
+
+    def best_of(curve: dict[tuple[int, int], float]) -> tuple[float, int]:
+        return min((error, width) for (f, width), error in curve.items() if f == fold)
+
+    best = [{n: best_of(curve) for n, curve in layer.items()} for layer in curves]
+    taken = divide([{n: error for n, (error, _) in layer.items()} for layer in best], total)
+    return [(n, layer[n][1]) for n, layer in zip(taken, best, strict=True)]

@@ -40,6 +40,11 @@ _LATENT = {
     TABLE: "inverse_frequencies",
 }
 _QUERY = {"q_proj.weight": "query", "q_proj.bias": "query_bias"}
+_QUERY_OF_LATENT = {
+    "q_a_proj.weight": "query_down",
+    "q_b_proj.weight": "query",
+    "q_b_proj.bias": "query_bias",
+}
 _HEADS = {
     **_QUERY,
     "k_proj.weight": "key",
@@ -62,8 +67,13 @@ def native_state(weights: NativeWeights) -> dict[str, Tensor]:
         state = _written(_HEADS | _OUTPUT, weights.latents)
         ups = {"k_up.weight": weights.key_up, "v_up.weight": weights.value_up}
         state |= {name: up for name, up in ups.items() if up is not None}
-    elif weights.source is None:
+    elif weights.source is None and weights.query_down is None:
         state = _written(_QUERY | _LATENT, weights)
+    elif weights.source is None:
+        state = _written(_QUERY_OF_LATENT | _LATENT, weights)
+        if weights.latent_down_bias is not None:
+            # One switch of the layer gives both latents a bias.
+            state["q_a_proj.bias"] = weights.latent_down_bias.new_zeros(len(weights.query_down))
     else:
         if weights.query_bias is not None:
             raise ConversionError("query_bias follows a norm of the heads; fold it into source.")
@@ -96,6 +106,7 @@ def native_facts(weights: NativeWeights) -> Facts:
     return {
         "form": "latent" if weights.source is None else "normed",
         **({} if weights.source is None else _facts_of_heads(weights.source)),
+        **({} if weights.query_down is None else {"q_lora_rank": len(weights.query_down)}),
         "num_heads": weights.num_heads,
         "kv_lora_rank": weights.kv_lora_rank,
         "qk_rope_head_dim": weights.qk_rope_head_dim,
@@ -120,8 +131,9 @@ def native_weights(facts: Facts, state: Mapping[str, Tensor]) -> NativeWeights:
     table = state.get(TABLE, torch.zeros(0))
     if facts["form"] == "latent":
         sizes = {name: facts[name] for name in ("qk_nope_head_dim", "v_head_dim")}
+        names = _QUERY_OF_LATENT if "q_lora_rank" in facts else _QUERY
         return LatentAttentionWeights(
-            **_read(_QUERY | _LATENT, state) | {"inverse_frequencies": table}, **sizes, **own
+            **_read(names | _LATENT, state) | {"inverse_frequencies": table}, **sizes, **own
         )
     heads = {"num_kv_heads": facts["num_kv_heads"], "norm_eps": facts["norm_eps"]}
     heads |= _read(_HEADS | _OUTPUT, state) | {"inverse_frequencies": table} | own

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,6 +44,8 @@ COPIED = (
 MAX_COPIED_BYTES = 256 << 20
 
 Part = tuple[dict[str, Tensor], dict[str, object]]
+Read = Callable[[Iterable[str]], Mapping[str, Tensor]]
+Checks = Callable[[Read, Mapping[str, object]], dict[str, bytes]]
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,10 @@ class Conversion:
         parallel: Cached bytes per token on each of 1, 2, 4 and 8 devices that share the heads,
             before and after.
         warnings: What a user should know before using the output.
+        checks: Makes files for checking the output where it is used, from what reads its tensors
+            and from its config, if there are any.
+        less_turned: From rows of tokens to losses, in nats per token, of the source and of the
+            model that turns as few channels as the output and keeps everything else.
     """
 
     method: str
@@ -75,6 +81,8 @@ class Conversion:
     memory_bytes: int
     parallel: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    checks: Checks | None = None
+    less_turned: Callable[[Tensor], dict[str, float]] | None = None
 
 
 def run(
@@ -82,6 +90,7 @@ def run(
     conversion: Conversion,
     destination: Path,
     *,
+    shard_bytes: int | None = None,
     resume: bool = False,
     force: bool = False,
     progress: bool = False,
@@ -92,6 +101,7 @@ def run(
         source: What is converted.
         conversion: How.
         destination: Folder of the output, which appears when all of it is there.
+        shard_bytes: Size that no file of the output exceeds, unless one tensor does.
         resume: Go on with an unfinished run of the same conversion; of a finished one, do nothing.
         force: Replace a checkpoint that is there.
         progress: Show a progress bar.
@@ -105,6 +115,7 @@ def run(
         "source": source.checkpoint.digest,
         "method": conversion.method,
         "decisions": dict(conversion.decisions),
+        "shard_bytes": shard_bytes,
     }
     if resume and (finished := _finished(destination, identity)):
         return finished
@@ -113,6 +124,7 @@ def run(
         list(conversion.parts),
         identity,
         needed_bytes=conversion.output_bytes,
+        shard_bytes=shard_bytes,
         resume=resume,
         force=force,
     )
@@ -122,7 +134,10 @@ def run(
             staged.write(name, *compute())
     report = ConversionReport.of(source, conversion, identity, staged.notes, staged.digests)
     files = dict(_copied(source.checkpoint.folder))
-    files["config.json"] = as_json(conversion.config(staged.notes))
+    config = conversion.config(staged.notes)
+    if conversion.checks is not None:
+        files |= conversion.checks(staged.read, config)
+    files["config.json"] = as_json(config)
     files[REPORT] = as_json(report.as_dict())
     files[REPORT.replace(".json", ".md")] = report.markdown().encode()
     staged.finish(files)

@@ -28,6 +28,8 @@ class ConversionReport:
         source_files: SHA-256 of the source's files.
         output_files: SHA-256 of the output's files; empty for a dry run.
         layers: Figures of each layer.
+        losses: On held-out text, in nats per token: of the ``source``, and of the model ``turned in
+            part``, whose channels turn as they do after conversion, everything being kept.
         warnings: What a user should know before using the output.
     """
 
@@ -40,6 +42,7 @@ class ConversionReport:
     source_files: dict[str, str] = field(default_factory=dict)
     output_files: dict[str, str] = field(default_factory=dict)
     layers: list[dict] = field(default_factory=list)
+    losses: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     @classmethod
@@ -88,6 +91,9 @@ class ConversionReport:
             rows = [(devices, *pair) for devices, pair in self.parallel.items()]
             lines += ["", "Cached bytes per token on each device under tensor parallelism:", ""]
             lines += table(("devices", "before", "after"), rows)
+        if self.losses:
+            told = [(name, f"{loss:.4f}") for name, loss in self.losses.items()]
+            lines += ["", "Loss on held-out text, in nats per token:", "", *table(("", ""), told)]
         if self.warnings:
             lines += ["", "## Warnings", "", *(f"- {warning}" for warning in self.warnings)]
         plain = ((k, v) for layer in self.layers for k, v in layer.items())

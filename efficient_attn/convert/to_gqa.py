@@ -203,7 +203,7 @@ class _Written(Output):
 
     def _output_error(self, weights: GroupedAttentionWeights, grouped: GroupedLayer) -> float:
         """Relative change of the layer's output on the first calibration tokens."""
-        row = next(self.flow.inputs())[0]
+        row = self.flow.first_input()
         truth = grouped_attention(in_fp32(weights), row)
         got = grouped_attention(in_fp32(_written_out(grouped)), row)
         return float((got - truth).norm() / truth.norm().clamp(min=1e-30))

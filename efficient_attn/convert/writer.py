@@ -11,11 +11,11 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -97,6 +97,15 @@ class StagedCheckpoint:
     def digests(self) -> dict[str, str]:
         """SHA-256 of the files of all finished parts, in order, by file name."""
         return {file["file"]: file["sha256"] for file in self._files()}
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors of finished parts, mapped from their files."""
+        files = {name: file["file"] for file in self._files() for name in file["tensors"]}
+        found = {}
+        for name in names:
+            with safe_open(self._model / files[name], framework="pt") as file:
+                found[name] = file.get_tensor(name)
+        return found
 
     def write(self, part: str, tensors: Mapping[str, Tensor], notes: Mapping | None = None) -> None:
         """Store the tensors of a part; from here on it is finished.

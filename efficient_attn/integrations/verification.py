@@ -20,6 +20,8 @@ from efficient_attn.integrations.converted import load_converted
 from efficient_attn.integrations.grouped_checkpoints import load_grouped
 
 PROMPT, NEW_TOKENS = 16, 64
+# Long positions are the last so many tokens of one row of at most so many.
+LONG, LONG_TAIL = 8192, 512
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Verification:
         bytes_per_token: Cached bytes of a token, counted in the live caches ``before`` and
             ``after``.
         classes: The model classes, ``before`` and ``after``.
+        long: Of their logits at the end of one long row, if that was asked for.
+        long_tokens: Tokens of that row.
     """
 
     comparison: Comparison
@@ -41,6 +45,8 @@ class Verification:
     greedy_tokens: int
     bytes_per_token: dict[str, int]
     classes: dict[str, str]
+    long: Comparison | None = None
+    long_tokens: int = 0
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -50,6 +56,8 @@ class Verification:
             "greedy_tokens": self.greedy_tokens,
             "bytes_per_token": self.bytes_per_token,
             "classes": self.classes,
+            "long_tokens": self.long_tokens,
+            "long": None if self.long is None else self.long.as_dict(),
         }
 
     def markdown(self) -> str:
@@ -60,6 +68,10 @@ class Verification:
             ("cached bytes per token, measured", f"{before:,} before, {after:,} after"),
             ("class", f"{self.classes['before']} before, {self.classes['after']} after"),
         ]
+        if self.long is not None:
+            end = f"last {self.long.tokens} of {self.long_tokens:,} tokens"
+            ratio, kl = self.long.perplexity_ratio, self.long.mean_kl
+            rows.append((end, f"mean kl {kl:.6g}, perplexity ratio {ratio:.6g}"))
         return self.comparison.markdown() + "\n".join(table(("", ""), rows)[2:]) + "\n"
 
 
@@ -92,6 +104,7 @@ def verify_folders(
     dst: str | Path,
     rows: Tensor,
     *,
+    long_row: Tensor | None = None,
     dtype: torch.dtype | str = "auto",
     batch: int = 4,
     progress: bool = False,
@@ -102,6 +115,7 @@ def verify_folders(
         src: Folder of the source.
         dst: Folder of the converted model.
         rows: Tokens ``(B, N)`` to compare them on; the first 16 are the prompt that is continued.
+        long_row: ``(1, N)`` tokens, at the end of which they are compared too.
         dtype: Of both models; by default each has that of its checkpoint.
         batch: Rows computed at once.
         progress: Show a progress bar.
@@ -119,7 +133,20 @@ def verify_folders(
         greedy_tokens=NEW_TOKENS,
         bytes_per_token={side: held for side, (_, held) in found.items()},
         classes={side: type(model).__name__ for side, model in models.items()},
+        **({} if long_row is None else _at_the_end(*models.values(), long_row)),
     )
+
+
+def _at_the_end(
+    before: PreTrainedModel, after: PreTrainedModel, row: Tensor
+) -> dict[str, Comparison | int]:
+    """Compare two models on the last tokens of a row, of which alone logits are made."""
+    tail = row[:, -LONG_TAIL:]
+    ends = (
+        lambda _, model=model: model(row, use_cache=False, logits_to_keep=tail.shape[1]).logits
+        for model in (before, after)
+    )
+    return {"long": verify(*ends, [tail]), "long_tokens": row.shape[1]}
 
 
 def _logits(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:

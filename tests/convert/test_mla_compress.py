@@ -113,7 +113,7 @@ def test_interrupted_it_resumes_to_the_same_bytes(saved, tmp_path, calib, monkey
     options = {"mode": "compress", "kv_ratio": 0.5, "choices": choices, "calib": calib}
     convert(folder, tmp_path / "whole", **options)
     with monkeypatch.context() as patch:
-        patch.setattr(CompressedLayers, "_output_error", stop_at_the_third())
+        patch.setattr(CompressedLayers, "_errors", stop_at_the_third())
         with pytest.raises(KeyboardInterrupt):
             convert(folder, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
@@ -125,7 +125,7 @@ def test_interrupted_it_resumes_to_the_same_bytes(saved, tmp_path, calib, monkey
 
 def stop_at_the_third():
     calls = []
-    measure = CompressedLayers._output_error
+    measure = CompressedLayers._errors
 
     def stop(self, *args):
         calls.append(None)
@@ -238,6 +238,6 @@ def test_a_grid_that_leaves_no_room_is_told_with_the_fold_that_would(saved, tmp_
     folder, _ = saved("llama")
     options = {"mode": "compress", "kv_ratio": 0.25, "calib": calib}
     with pytest.raises(ConversionError, match="fold=2 halves"):
-        convert(folder, tmp_path / "out", choices=CompressOptions.paper(), **options)
+        convert(folder, tmp_path / "out", choices=CompressOptions.paper(fold=1), **options)
     report = convert(folder, tmp_path / "out", choices=CompressOptions.paper(fold=2), **options)
     assert report.identity["decisions"]["qk_rope_head_dim"] == 6

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
@@ -62,21 +62,7 @@ def compress(
     """
     options = CompressOptions() if options is None else options
     check_sizes(weights, kv_lora_rank, rope_dim)
-    found = components(weights, moments, options.rotation, options.fold)
-    if options.selection == "grid":
-        part = choose_on_grid(weights, found, rope_dim)
-    else:
-        part = choose(weights, moments, found, rope_dim // 2, table=frequencies)
-    reading = Reading(
-        weights,
-        moments,
-        kv_lora_rank,
-        part.frequencies,
-        *harms(weights, moments, part, options),
-        center_keys=options.center,
-        center_values=options.center and options.output_bias,
-        damping=options.damping,
-    )
+    part, reading = _turned(weights, moments, kv_lora_rank, rope_dim, options, frequencies)
     down, readers = start(weights, reading, part, kv_lora_rank, options)
     if options.refit:
         readers = reading.improve_readers(down, readers)
@@ -84,16 +70,27 @@ def compress(
         down = reading.improve_cache(down, readers)
         readers = reading.improve_readers(down, readers)
     key_error, value_error = reading.errors(down, readers)
-    maps = LatentMaps(
-        latent=down[:kv_lora_rank],
-        rope=down[kv_lora_rank:],
-        frequencies=part.frequencies,
-        key_up=readers.key[..., :kv_lora_rank],
-        query_rope=readers.key[..., kv_lora_rank:].mT,
-        value_up=readers.value,
-        value_offset=reading.value_offset(down, readers),
-    )
-    return Compressed(assemble(weights, maps), key_error, value_error)
+    return Compressed(_assembled(weights, part, reading, down, readers), key_error, value_error)
+
+
+def turned_in_part(
+    weights: GroupedAttentionWeights,
+    moments: LayerMoments,
+    *,
+    rope_dim: int,
+    options: CompressOptions | None = None,
+    frequencies: Tensor | None = None,
+) -> LatentAttentionWeights:
+    """The layer with ``rope_dim`` turned channels as :func:`compress` has it, the rest all kept.
+
+    What it loses is lost by turning less, and what :func:`compress` loses beyond that by its rank.
+    """
+    options = CompressOptions() if options is None else options
+    rank = lossless_rank(weights, rope_dim)
+    check_sizes(weights, rank, rope_dim)
+    part, reading = _turned(weights, moments, rank, rope_dim, options, frequencies)
+    down, readers = start(weights, reading, part, rank, options)
+    return _assembled(weights, part, reading, down, readers)
 
 
 def lossless_rank(weights: GroupedAttentionWeights, rope_dim: int) -> int:
@@ -119,6 +116,57 @@ def check_sizes(weights: GroupedAttentionWeights, kv_lora_rank: int, rope_dim: i
             f"kv_lora_rank is {kv_lora_rank}; beside {rope_dim} turned channels it must be from 1 "
             f"to {most}, where nothing is lost any more."
         )
+
+
+def _turned(
+    weights: GroupedAttentionWeights,
+    moments: LayerMoments,
+    rank: int,
+    rope_dim: int,
+    options: CompressOptions,
+    frequencies: Tensor | None,
+) -> tuple[RotaryPart, Reading]:
+    """What is turned, and how well a latent beside it can be read."""
+    if options.fold is None:
+        raise ValueError("fold is None, and one layer cannot choose it; pass a number.")
+    found = components(weights, moments, options.rotation, options.fold)
+    if options.selection == "grid":
+        part = choose_on_grid(weights, found, rope_dim)
+        if frequencies is not None:
+            part = replace(part, frequencies=frequencies.double())
+    else:
+        part = choose(weights, moments, found, rope_dim // 2, table=frequencies)
+    reading = Reading(
+        weights,
+        moments,
+        rank,
+        part.frequencies,
+        *harms(weights, moments, part, options),
+        center_keys=options.center,
+        center_values=options.center and options.output_bias,
+        damping=options.damping,
+    )
+    return part, reading
+
+
+def _assembled(
+    weights: GroupedAttentionWeights,
+    part: RotaryPart,
+    reading: Reading,
+    down: Tensor,
+    readers: Readers,
+) -> LatentAttentionWeights:
+    rank = reading.rank
+    maps = LatentMaps(
+        latent=down[:rank],
+        rope=down[rank:],
+        frequencies=part.frequencies,
+        key_up=readers.key[..., :rank],
+        query_rope=readers.key[..., rank:].mT,
+        value_up=readers.value,
+        value_offset=reading.value_offset(down, readers),
+    )
+    return assemble(weights, maps)
 
 
 def harms(

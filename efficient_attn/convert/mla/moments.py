@@ -9,7 +9,7 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
-from efficient_attn.convert.attention_weights import GroupedAttentionWeights
+from efficient_attn.convert.attention_weights import GroupedAttentionWeights, with_tensors
 from efficient_attn.convert.mla.assemble import bias_of_keys_and_values
 from efficient_attn.convert.mla.pairs import key_heads_of, query_gain
 from efficient_attn.convert.mla.turning import Distances
@@ -31,6 +31,8 @@ class LayerMoments:
         key_weight: ``(H,)`` squared change of the layer's output per squared change of a score,
             summed over the keys of a query: ``E sum_s (p_s |W_O (v_s - o)|)^2``.
         value_weight: ``(H,)`` the same per squared change of ``W_O v``: ``E sum_s p_s^2``.
+        inputs: ``(D, D)`` mean product of the layer's inputs, or None where norms on heads made
+            that of no use.
     """
 
     mean: Tensor
@@ -39,6 +41,7 @@ class LayerMoments:
     distances: Distances
     key_weight: Tensor
     value_weight: Tensor
+    inputs: Tensor | None = None
 
 
 class MomentAccumulator:
@@ -48,13 +51,16 @@ class MomentAccumulator:
     the ``D`` inputs, from which all others follow; with norms, those of the normalised heads.
     """
 
-    def __init__(self, weights: GroupedAttentionWeights) -> None:
+    def __init__(
+        self, weights: GroupedAttentionWeights, device: torch.device | str = "cpu"
+    ) -> None:
         self.weights = weights
+        self._there = with_tensors(weights, lambda _, x: x.to(device))
         self.linear = weights.query_norm is None and weights.key_norm is None
         width = weights.key.shape[1] if self.linear else 2 * len(weights.key)
-        options = {"dtype": torch.float64}
+        options = {"dtype": torch.float64, "device": device}
         heads, dim = weights.num_heads, weights.head_dim
-        self._total = 0.0
+        self._total = torch.zeros((), **options)
         self._mean = torch.zeros(width, **options)
         self._second = torch.zeros(width, width, **options)
         self._query = torch.zeros(heads, dim, dim, **options)
@@ -68,11 +74,11 @@ class MomentAccumulator:
         x = x.flatten(0, -2)
         weight = x.new_ones(len(x)) if token_weights is None else token_weights.flatten().to(x)
         weight = weight.double()
-        self._total += float(weight.sum())
+        self._total += weight.sum()
         if self.linear:
             rows = x.double()
         else:
-            w, x = self.weights, x.double()
+            w, x = self._there, x.double()
             rows = torch.cat([heads_of(w, x, name).flatten(-2) for name in ("key", "value")], -1)
             query = heads_of(w, x, "query") * query_gain(w)
             self._query += einsum(query, query * weight[:, None, None], "n h a, n h b -> h a b")
@@ -81,8 +87,8 @@ class MomentAccumulator:
 
     def attend(self, x: Tensor) -> None:
         """Follow what the queries of one sequence ``(N, D)`` attend to, a block at a time."""
-        w, tokens = self.weights, len(x)
-        key_heads = key_heads_of(w)
+        w, tokens = self._there, len(x)
+        key_heads = key_heads_of(w).to(x.device)
         query, key, value = (heads_of(w, x, n).transpose(0, 1) for n in ("query", "key", "value"))
         query, key = (turned(each, w) for each in (query, key))
         key, value = key[key_heads], value[key_heads]
@@ -93,11 +99,12 @@ class MomentAccumulator:
             more = self._shares.new_zeros(w.num_heads, tokens - self._shares.shape[1])
             self._shares = torch.cat((self._shares, more), 1)
         for start in range(0, tokens, QUERY_BLOCK):
-            rows = torch.arange(start, min(start + QUERY_BLOCK, tokens))
-            distance = rows[:, None] - torch.arange(int(rows[-1]) + 1)
+            end = min(start + QUERY_BLOCK, tokens)
+            rows, columns = (torch.arange(*to, device=x.device) for to in ((start, end), (end,)))
+            distance = rows[:, None] - columns
             hidden = (distance < 0) | (distance >= (w.window or tokens))
-            seen = slice(0, distance.shape[1])
-            score = w.scale * query[:, rows] @ key[:, seen].mT
+            seen = slice(0, end)
+            score = w.scale * query[:, start:end] @ key[:, seen].mT
             p = score.masked_fill(hidden, -torch.inf).softmax(-1)
             out = p @ shown[:, seen]
             apart = size[:, None, seen] - 2 * out @ shown[:, seen].mT
@@ -114,11 +121,13 @@ class MomentAccumulator:
         Raises:
             ValueError: Nothing was counted, or no sequence was followed.
         """
-        if not self._total or not self._seen:
-            missing = "add(x)" if not self._total else "attend(x)"
+        total = float(self._total)
+        if not total or not self._seen:
+            missing = "add(x)" if not total else "attend(x)"
             raise ValueError(f"there are no moments of nothing; call {missing} first.")
         w = self.weights
-        mean, second, query = (m / self._total for m in (self._mean, self._second, self._query))
+        mean, second, query = (m.cpu() / total for m in (self._mean, self._second, self._query))
+        inputs = second if self.linear else None
         if self.linear:
             gain = query_gain(w)
             head = rearrange(w.query.double(), "(h d) e -> h d e", h=w.num_heads)
@@ -133,9 +142,10 @@ class MomentAccumulator:
             mean=mean,
             second=second,
             query=query,
-            distances=Distances(self._shares / self._seen),
-            key_weight=self._key_weight / self._seen,
-            value_weight=self._value_weight / self._seen,
+            distances=Distances(self._shares.cpu() / self._seen),
+            key_weight=self._key_weight.cpu() / self._seen,
+            value_weight=self._value_weight.cpu() / self._seen,
+            inputs=inputs,
         )
 
 
@@ -144,6 +154,7 @@ def calibrate(
     inputs: Iterable[Tensor | tuple[Tensor, Tensor]],
     *,
     attended: int = 16,
+    device: torch.device | str = "cpu",
 ) -> LayerMoments:
     """Moments of a layer over all of its inputs.
 
@@ -152,8 +163,9 @@ def calibrate(
         inputs: Batches ``(B, N, D)`` of what enters the layer, after the norm before it; or pairs
             of them and token weights ``(B, N)``, such as each token's own loss.
         attended: How many sequences to compute attention of, for distances and weights of errors.
+        device: Where the inputs are; the moments are on the CPU.
     """
-    accumulator = MomentAccumulator(weights)
+    accumulator = MomentAccumulator(weights, device)
     for batch in inputs:
         x, token_weights = batch if isinstance(batch, tuple) else (batch, None)
         accumulator.add(x, token_weights)
@@ -181,7 +193,8 @@ def turned(rows: Tensor, weights: GroupedAttentionWeights) -> Tensor:
     """``(heads, N, d)`` turned by their positions, and scaled."""
     frequencies = weights.inverse_frequencies.double()
     pairs = len(frequencies)
-    angle = torch.arange(rows.shape[1], dtype=torch.float64)[:, None] * frequencies
+    positions = torch.arange(rows.shape[1], dtype=torch.float64, device=rows.device)
+    angle = positions[:, None] * frequencies
     cos, sin = (part.to(rows.dtype) * weights.rotary_scale for part in (angle.cos(), angle.sin()))
     first, second, rest = rows.split((pairs, pairs, rows.shape[-1] - 2 * pairs), -1)
     return torch.cat((first * cos - second * sin, first * sin + second * cos, rest), -1)

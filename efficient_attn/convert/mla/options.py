@@ -15,7 +15,8 @@ class CompressOptions:
     Args:
         rotation: How pairs of one frequency are mixed among heads before some are kept turned:
             ``"none"``, ``"real"`` (TransMLA's), ``"unitary"``, or ``"query-aware"``.
-        fold: Neighbouring frequencies that are mixed as if they were one; 1 for none.
+        fold: Neighbouring frequencies that are mixed as if they were one; 1 for none. For a whole
+            model, None takes what is expected to lose least.
         selection: ``"cost"`` turns the components that are worst to leave unturned, at their own
             frequencies; ``"grid"`` every ``d / d_r``-th frequency once, as TransMLA does.
         metric: Of the error that the latent minimises: of keys and values as they are
@@ -34,7 +35,7 @@ class CompressOptions:
     """
 
     rotation: Rotation = "query-aware"
-    fold: int = 1
+    fold: int | None = 1
     selection: Literal["cost", "grid"] = "cost"
     metric: Literal["plain", "balanced", "output"] = "output"
     shrink: bool = True
@@ -55,7 +56,7 @@ class CompressOptions:
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; take {', '.join(values)}.")
-        if self.fold < 1 or self.refine < 0 or self.damping < 0:
+        if (self.fold is not None and self.fold < 1) or self.refine < 0 or self.damping < 0:
             raise ValueError(
                 f"fold is {self.fold}, refine {self.refine} and damping {self.damping}; fold "
                 "starts at 1, the others at 0."
@@ -64,11 +65,11 @@ class CompressOptions:
             raise ValueError(f"refine is {self.refine}, which needs refit; set refine=0.")
 
     @classmethod
-    def paper(cls, *, fold: int = 1) -> CompressOptions:
+    def paper(cls, *, fold: int | None = None) -> CompressOptions:
         """The choices of TransMLA (arXiv 2502.07864v3) and its code.
 
         Args:
-            fold: FreqFold; a multiple of ``d / d_r``.
+            fold: FreqFold, a multiple of ``d / d_r``; by default chosen, as its code does too.
         """
         return cls(
             rotation="real",

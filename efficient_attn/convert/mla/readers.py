@@ -66,14 +66,10 @@ class Reading:
         self.bias = bias_of_keys_and_values(weights)
         apart = self.mean - self.bias
         self.second_without_bias = self.covariance + torch.outer(apart, apart)
-        head, cache = turning_of_head(weights), turning_of_cache(rank, frequencies)
-        self._of_cache, self._of_head_and_cache, self._of_head = (
-            MeanProduct(moments.distances, *pair)
-            for pair in ((cache, cache), (head, cache), (head, head))
-        )
-        self.mean_turn_of_head, self.mean_turn_of_cache = (
-            moments.distances.mean(torch.eye(width, dtype=torch.float64), turning)
-            for width, turning in ((weights.head_dim, head), (rank + 2 * len(frequencies), cache))
+        self._distances = moments.distances
+        self._head, self._cache = turning_of_head(weights), turning_of_cache(rank, frequencies)
+        self.mean_turn_of_head = moments.distances.mean(
+            torch.eye(weights.head_dim, dtype=torch.float64), self._head
         )
         self.center_keys, self.center_values = center_keys, center_values
         self.damping = damping
@@ -139,6 +135,24 @@ class Reading:
             inner = inner - cached @ cached.mT
             cross, target = cross - key @ cached.mT, target - key @ key.mT
         return inner, cross, target
+
+    @cached_property
+    def mean_turn_of_cache(self) -> Tensor:
+        """``(H, r + d_r, r + d_r)``: what the turning of a row is in the mean."""
+        width = self.rank + 2 * len(self._cache.frequencies)
+        return self._distances.mean(torch.eye(width, dtype=torch.float64), self._cache)
+
+    @cached_property
+    def _of_cache(self) -> MeanProduct:
+        return MeanProduct(self._distances, self._cache, self._cache)
+
+    @cached_property
+    def _of_head_and_cache(self) -> MeanProduct:
+        return MeanProduct(self._distances, self._head, self._cache)
+
+    @cached_property
+    def _of_head(self) -> MeanProduct:
+        return MeanProduct(self._distances, self._head, self._head)
 
     @cached_property
     def _target(self) -> Tensor:

@@ -104,11 +104,11 @@ def output_with_part_turned(source, part, x):
     return project(rearrange(out, "h n d -> n (h d)"), source.output, source.output_bias)
 
 
+PAPER = (CompressOptions.paper(fold=1), CompressOptions.paper(fold=2))
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "half turned"])
-@pytest.mark.parametrize(
-    "options",
-    [PLAIN, replace(PLAIN, center=False), CompressOptions.paper(), CompressOptions.paper(fold=2)],
-)
+@pytest.mark.parametrize("options", [PLAIN, replace(PLAIN, center=False), *PAPER])
 def test_at_full_rank_only_turning_is_lost(family, options):
     # Narrower than its keys and values, unless norms make those more than linear in the input.
     source = layer(width=60 if family == "qwen3" else 20, **FAMILIES[family])

@@ -4,7 +4,7 @@ import torch
 from efficient_attn.convert.mla import CompressOptions, compress
 from efficient_attn.convert.mla.rotation import choose, components, errors_of_turning
 from efficient_attn.convert.mla.sizes import (
-    best_rope_dim,
+    best_choice,
     error_curve,
     shared_table,
     turning_gains,
@@ -16,15 +16,15 @@ from tests.convert.mla.test_compress import moments_of
 def test_the_whole_budget_keeps_everything():
     source = layer()
     curve = error_curve(source, moments_of(source), 48)
-    assert best_rope_dim([curve]) == 24
-    assert curve[24] == pytest.approx(0, abs=1e-9)
+    assert best_choice([curve]) == (1, 24)
+    assert curve[1, 24] == pytest.approx(0, abs=1e-9)
 
 
 def test_the_size_with_the_least_error_over_all_layers_is_taken():
-    assert best_rope_dim([{0: 3.0, 2: 1.0, 4: 2.0}, {0: 3.0, 2: 9.0, 4: 5.0}]) == 0
-    assert best_rope_dim([{0: 3.0, 2: 1.0, 4: 2.0}, {0: 3.0, 2: 3.0, 4: 1.0}]) == 4
+    assert best_choice([{0: 3.0, 2: 1.0, 4: 2.0}, {0: 3.0, 2: 9.0, 4: 5.0}]) == 0
+    assert best_choice([{0: 3.0, 2: 1.0, 4: 2.0}, {0: 3.0, 2: 3.0, 4: 1.0}]) == 4
     with pytest.raises(ValueError, match="no curves"):
-        best_rope_dim([])
+        best_choice([])
 
 
 def test_a_curve_tells_what_compressing_tells():
@@ -35,7 +35,7 @@ def test_a_curve_tells_what_compressing_tells():
         made = compress(
             source, moments, kv_lora_rank=16 - rope_dim, rope_dim=rope_dim, options=options
         )
-        assert curve[rope_dim] == pytest.approx(made.key_error + made.value_error)
+        assert curve[1, rope_dim] == pytest.approx(made.key_error + made.value_error)
 
 
 def test_a_shared_table_has_the_frequencies_that_layers_together_need_most():
@@ -95,7 +95,7 @@ def test_choices_that_do_not_exist_are_refused():
     with pytest.raises(ValueError, match="must divide the 4"):
         compress(source, moments, kv_lora_rank=8, rope_dim=4, options=CompressOptions(fold=3))
     with pytest.raises(ValueError, match="multiple of rope_dim"):
-        compress(source, moments, kv_lora_rank=8, rope_dim=6, options=CompressOptions.paper())
+        compress(source, moments, kv_lora_rank=8, rope_dim=6, options=CompressOptions.paper(fold=1))
     with pytest.raises(ValueError, match="for 2 turned pairs"):
         table = torch.ones(3, dtype=torch.float64)
         compress(source, moments, kv_lora_rank=8, rope_dim=4, frequencies=table)

@@ -1,0 +1,239 @@
+"""Where converted layers go: stock DeepSeek classes, in transformers and in engines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from efficient_attn.convert.attention_weights import LatentAttentionWeights
+from efficient_attn.convert.deepseek import DeepseekFormat, deepseek_config, rotary_settings
+from efficient_attn.convert.golden import check_files
+from efficient_attn.convert.mla_targets import Layers, NativeTarget
+from efficient_attn.convert.pipeline import Checks, Part
+from efficient_attn.convert.rope import default_frequencies, yarn
+from efficient_attn.convert.source import Source
+
+# What decode kernels of engines are built for: latent and rotary width.
+ENGINE_SIZES = ((512, 64), (256, 64))
+# Rotary scalings that are the plain table, at least up to a length.
+PLAIN = ("default", "dynamic")
+# Those that a yarn comes near to, and what they call its fast and slow bounds.
+NEAR_YARN = {"llama3": ("high_freq_factor", "low_freq_factor"), "yarn": ("beta_fast", "beta_slow")}
+
+
+class DeepseekTarget(NativeTarget):
+    """The stock ``DeepseekV3ForCausalLM`` of transformers."""
+
+    name = "hf-deepseek"
+
+    one_table = True
+
+    def __init__(self, source: Source, layers: Layers, dtype: torch.dtype) -> None:
+        super().__init__(source, layers, dtype)
+        self.sizes = layers.sizes[0]
+        biases = source.family.biases(source.config)
+        self.format = DeepseekFormat(
+            hidden_size=source.config["hidden_size"],
+            norm_eps=source.config["rms_norm_eps"],
+            dtype=dtype,
+            frequencies=layers.table,
+            query_bias=biases[0],
+            bias=any(biases) or layers.output_bias,
+            query_latent=layers.q_lora_rank,
+        )
+
+    def reasons_to_refuse(self) -> list[str]:
+        """Why stock classes cannot be this model: every reason."""
+        source, config, reasons = self.source, self.source.config, super().reasons_to_refuse()
+        if self.dtype == torch.float16:
+            reasons.append(
+                "in float16 the scaled latent vanishes below the smallest number; take bfloat16 or "
+                "float32"
+            )
+        if source.family.query_norm is not None:
+            reasons.append("it normalises query and key heads, which DeepSeek has no place for")
+        if "num_local_experts" in config:
+            reasons.append("its router renormalises the best experts, which DeepSeek's does not")
+        if config.get("mlp_bias"):
+            reasons.append("its MLP has biases, which DeepSeek's has not")
+        if source.closing_window is not None:
+            reasons.append(
+                f"it attends within a window of {source.closing_window} of up to "
+                f"{config['max_position_embeddings']} tokens, and DeepSeek to all of them"
+            )
+        return reasons
+
+    def warnings(self) -> list[str]:
+        """What a user should know before using the output."""
+        return [
+            "the latent rows of kv_a_proj_with_mqa are scaled down so that the norm behind them "
+            "does nothing: quantising that matrix with one scale per tensor makes them zero. Leave "
+            "it out, or use blocks of rows.",
+            "do not train this form, for steps of an optimizer dwarf those rows; train the native "
+            "one and export again.",
+        ]
+
+    def head(self) -> Part:
+        """What comes after the layers, with an output layer of its own where it was tied."""
+        source = self.source.checkpoint.read(self.source.outside_names())
+        found = self.format.others({k: x for k, x in source.items() if "embed_tokens" not in k})
+        if self.source.config["tie_word_embeddings"]:
+            found["lm_head.weight"] = source["model.embed_tokens.weight"].to(self.dtype)
+        return found, {}
+
+    def config(self, notes: Mapping[str, dict]) -> dict[str, object]:
+        """``config.json``, from the notes of all parts."""
+        found = deepseek_config(
+            self.source.config,
+            asdict(self.sizes),
+            self.format,
+            self.rotary_settings(),
+        )
+        kept = ["model.layers.*.self_attn.kv_a_proj_with_mqa"]
+        if self.format.q_lora_rank is not None:
+            kept.append("model.layers.*.self_attn.q_a_proj")
+        about = {"conversion": "mla", "do_not_quantize_per_tensor": kept}
+        return {**found, "efficient_attn": about}
+
+    def rotary_settings(self) -> dict[str, object]:
+        """What the classes compute their rotary table from."""
+        theta, longest = self.source.rope["rope_theta"], "max_position_embeddings"
+        return rotary_settings(self.layers.table, theta, self.source.config[longest])
+
+    def parameters(self) -> int:
+        """Number of weights of the output."""
+        config, layers = self.source.config, self.source.num_layers
+        width, sizes, latent = config["hidden_size"], self.sizes, self.format.q_lora_rank
+        rank, queries = sizes.kv_lora_rank, self._query_rows(self.sizes)
+        count = rank + (rank + sizes.qk_rope_head_dim) * width
+        count += config["num_attention_heads"] * (
+            (sizes.qk_nope_head_dim + sizes.v_head_dim) * rank + sizes.v_head_dim * width
+        )
+        if self.format.bias:
+            count += rank + sizes.qk_rope_head_dim + width
+        if latent is None:
+            count += queries * width
+        else:
+            count += latent * (width + 1 + self.format.bias) + queries * latent
+        count = (count - self._source_attention()) * layers + self.source.parameters
+        if config["tie_word_embeddings"]:
+            count += config["vocab_size"] * width
+        return count
+
+    def _attention(self, index: int, weights: LatentAttentionWeights) -> Part:
+        name = self.source.family.layers.format(index) + "input_layernorm.weight"
+        return self.format.layer(weights, self.source.checkpoint.read([name])[name])
+
+    def _others(self, names: list[str]) -> dict[str, Tensor]:
+        return self.format.others(self.source.checkpoint.read(names))
+
+
+class EngineTarget(DeepseekTarget):
+    """The same in stock vLLM and SGLang, which ignore or reject more of it.
+
+    Args:
+        source: What is converted.
+        layers: What it is converted to.
+        dtype: Of the output.
+        allow_rope_approx: Take the nearest rotary table that engines have.
+    """
+
+    name = "engine"
+
+    def __init__(
+        self,
+        source: Source,
+        layers: Layers,
+        dtype: torch.dtype,
+        *,
+        allow_rope_approx: bool = False,
+    ) -> None:
+        super().__init__(source, layers, dtype)
+        self.allow_rope_approx = allow_rope_approx
+        self._rope, self._table = engine_rope(source, self.sizes.qk_rope_head_dim)
+
+    def reasons_to_refuse(self) -> list[str]:
+        """Why engines cannot serve this model: every reason."""
+        reasons, config, sizes = super().reasons_to_refuse(), self.source.config, self.sizes
+        kind = self.source.rope["rope_type"]
+        if self.format.bias:
+            reasons.append("it has biases in attention, which engines drop without a word")
+        if kind in NEAR_YARN and not self.allow_rope_approx:
+            reasons.append(
+                f"its rotary table is that of {kind}, and engines take any scaling for a yarn of "
+                "their own (allow_rope_approx takes the nearest)"
+            )
+        elif kind not in (*NEAR_YARN, *PLAIN):
+            reasons.append(f"its rotary table is that of {kind}, and engines have no such")
+        if not torch.equal(self.layers.table.float(), self._table):
+            reasons.append(
+                "its rotary key would turn several pairs by one frequency, and that of engines "
+                "turns each by its own"
+            )
+        if config["hidden_act"] != "silu":
+            reasons.append(f"its activation is {config['hidden_act']}, and theirs is silu")
+        if (sizes.kv_lora_rank, sizes.qk_rope_head_dim) not in ENGINE_SIZES:
+            known = " or ".join(f"{rank} + {rope}" for rank, rope in ENGINE_SIZES)
+            reasons.append(
+                f"their kernels are built for {known} cached numbers, and this is "
+                f"{sizes.kv_lora_rank} + {sizes.qk_rope_head_dim}"
+            )
+        return reasons
+
+    def warnings(self) -> list[str]:
+        """What a user should know before using the output."""
+        found = [
+            *super().warnings(),
+            "no engine has loaded such a checkpoint yet: run self_check.py",
+        ]
+        if self.source.rope["rope_type"] in NEAR_YARN:
+            found.append(
+                "pairs turn by the nearest table that engines have, so long contexts lose more "
+                "than the figures of short ones show."
+            )
+        return found
+
+    def rotary_settings(self) -> dict[str, object]:
+        """What engines compute their rotary table from."""
+        return self._rope
+
+    def checks(self, rows: Tensor) -> Checks:
+        """What compares an engine with the written weights, on the beginning of ``rows``."""
+        return partial(check_files, rows)
+
+
+def engine_rope(source: Source, rope_dim: int) -> tuple[dict[str, object], Tensor]:
+    """Rotary settings that engines and transformers understand alike, and the table they make.
+
+    Engines know the plain table and a yarn of DeepSeek's. Llama 3's blend between slow and fast
+    pairs is a yarn whose bounds are its wavelengths, but for some pairs between.
+    """
+    rope, kind = source.rope, source.rope["rope_type"]
+    if kind not in NEAR_YARN:
+        settings = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+        return settings, default_frequencies(rope_dim, rope["rope_theta"])
+    fast, slow = NEAR_YARN[kind]
+    longest = source.config["max_position_embeddings"]
+    context = rope["original_max_position_embeddings"]
+    settings = {
+        "rope_type": "yarn",
+        "rope_theta": rope["rope_theta"],
+        "factor": rope.get("factor") or longest / context,
+        "original_max_position_embeddings": context,
+        "beta_fast": rope.get(fast) or 32,
+        "beta_slow": rope.get(slow) or 1,
+        # Scores are scaled by the queries, and by nothing else.
+        "attention_factor": 1.0,
+        "mscale": 0,
+        "mscale_all_dim": 0,
+    }
+    return settings, yarn(settings, rope_dim, longest)[0]
+
+
+TARGETS: dict[str, type[NativeTarget]] = {
+    target.name: target for target in (NativeTarget, DeepseekTarget, EngineTarget)
+}
