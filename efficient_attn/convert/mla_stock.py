@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from efficient_attn.convert.attention_weights import LatentAttentionWeights
 from efficient_attn.convert.deepseek import DeepseekFormat, deepseek_config, rotary_settings
@@ -34,7 +35,6 @@ class DeepseekTarget(NativeTarget):
 
     def __init__(self, source: Source, layers: Layers, dtype: torch.dtype) -> None:
         super().__init__(source, layers, dtype)
-        self.sizes = layers.sizes[0]
         biases = source.family.biases(source.config)
         self.format = DeepseekFormat(
             hidden_size=source.config["hidden_size"],
@@ -89,7 +89,7 @@ class DeepseekTarget(NativeTarget):
         """``config.json``, from the notes of all parts."""
         found = deepseek_config(
             self.source.config,
-            asdict(self.sizes),
+            asdict(self.sizes[0]),
             self.format,
             self.rotary_settings(),
         )
@@ -107,8 +107,8 @@ class DeepseekTarget(NativeTarget):
     def parameters(self) -> int:
         """Number of weights of the output."""
         config, layers = self.source.config, self.source.num_layers
-        width, sizes, latent = config["hidden_size"], self.sizes, self.format.q_lora_rank
-        rank, queries = sizes.kv_lora_rank, self._query_rows(self.sizes)
+        width, sizes, latent = config["hidden_size"], self.sizes[0], self.format.q_lora_rank
+        rank, queries = sizes.kv_lora_rank, self._query_rows(sizes)
         count = rank + (rank + sizes.qk_rope_head_dim) * width
         count += config["num_attention_heads"] * (
             (sizes.qk_nope_head_dim + sizes.v_head_dim) * rank + sizes.v_head_dim * width
@@ -154,11 +154,16 @@ class EngineTarget(DeepseekTarget):
     ) -> None:
         super().__init__(source, layers, dtype)
         self.allow_rope_approx = allow_rope_approx
-        self._rope, self._table = engine_rope(source, self.sizes.qk_rope_head_dim)
+        own = layers.sizes[0]
+        self._rope, self._table = engine_rope(source, own.qk_rope_head_dim)
+        # A model that needs less is filled up with zeros.
+        ranks = [rank for rank, rope in ENGINE_SIZES if rope == own.qk_rope_head_dim]
+        rank = min((rank for rank in ranks if rank >= own.kv_lora_rank), default=own.kv_lora_rank)
+        self.sizes = (replace(own, kv_lora_rank=rank),) * source.num_layers
 
     def reasons_to_refuse(self) -> list[str]:
         """Why engines cannot serve this model: every reason."""
-        reasons, config, sizes = super().reasons_to_refuse(), self.source.config, self.sizes
+        reasons, config, sizes = super().reasons_to_refuse(), self.source.config, self.sizes[0]
         kind = self.source.rope["rope_type"]
         if self.format.bias:
             reasons.append("it has biases in attention, which engines drop without a word")
@@ -197,6 +202,9 @@ class EngineTarget(DeepseekTarget):
             )
         return found
 
+    def _attention(self, index: int, weights: LatentAttentionWeights) -> Part:
+        return super()._attention(index, filled_up(weights, self.sizes[index].kv_lora_rank))
+
     def rotary_settings(self) -> dict[str, object]:
         """What engines compute their rotary table from."""
         return self._rope
@@ -204,6 +212,22 @@ class EngineTarget(DeepseekTarget):
     def checks(self, rows: Tensor) -> Checks:
         """What compares an engine with the written weights, on the beginning of ``rows``."""
         return partial(check_files, rows)
+
+
+def filled_up(weights: LatentAttentionWeights, rank: int) -> LatentAttentionWeights:
+    """The same layer with a latent of ``rank`` numbers, those that it has not being zeros."""
+    own = weights.kv_lora_rank
+
+    def rows(x: Tensor) -> Tensor:
+        return torch.cat((x[:own], x.new_zeros(rank - own, *x.shape[1:]), x[own:]))
+
+    bias = weights.latent_down_bias
+    return replace(
+        weights,
+        latent_down=rows(weights.latent_down),
+        latent_down_bias=None if bias is None else rows(bias),
+        latent_up=pad(weights.latent_up, (0, rank - own)),
+    )
 
 
 def engine_rope(source: Source, rope_dim: int) -> tuple[dict[str, object], Tensor]:

@@ -57,6 +57,9 @@ class NativeTarget(Output):
         source: What is converted.
         layers: What it is converted to.
         dtype: Of the output.
+
+    Attributes:
+        sizes: Of its layers, one after the other.
     """
 
     name = "native"
@@ -65,6 +68,7 @@ class NativeTarget(Output):
     def __init__(self, source: Source, layers: Layers, dtype: torch.dtype) -> None:
         super().__init__(source, dtype)
         self.layers = layers
+        self.sizes = layers.sizes
 
     def reasons_to_refuse(self) -> list[str]:
         """Why the source cannot be written for this target: every reason."""
@@ -100,11 +104,11 @@ class NativeTarget(Output):
     def parameters(self) -> int:
         """Number of weights of the output."""
         others = self.source.parameters - self.source.num_layers * self._source_attention()
-        return others + sum(map(self._attention_parameters, self.layers.sizes))
+        return others + sum(map(self._attention_parameters, self.sizes))
 
     def memory_bytes(self) -> int:
         """What one part takes while it is made, about: in fp64, rounded, and read."""
-        layer = max(map(self._attention_parameters, self.layers.sizes))
+        layer = max(map(self._attention_parameters, self.sizes))
         working = (8 + self.dtype.itemsize) * layer
         working += self.source.checkpoint.nbytes // self.source.num_layers
         return max(working, self._embedding_bytes()) + LIBRARIES

@@ -52,7 +52,7 @@ def plan(
         ConversionError: It cannot be done in this way; the message has every reason.
     """
     layers, target = _made(source, options)
-    _refuse(source, options, target, layers.sizes, calibrates=flow is not None)
+    _refuse(source, options, target, calibrates=flow is not None)
     warnings = [*source.warnings, *target.warnings()]
     compressing, activations = isinstance(layers, CompressedLayers), None
     if compressing and dry_run and layers.open:
@@ -72,7 +72,7 @@ def plan(
             target = _target(source, options, layers)
         else:
             layers.flow = activations
-    before, after = _source_numbers(source), _numbers(layers.sizes)
+    before, after = _source_numbers(source), _numbers(target.sizes)
     width, element = source.num_layers * source.dtype.itemsize, target.dtype.itemsize
     parallel = {n: _on_each_of(n, source, after * element) for n in _devices(options)}
     warnings += _warnings_of_sharing(parallel, options.tp)
@@ -80,7 +80,7 @@ def plan(
     told |= {"choices": asdict(layers.options if compressing else options.choices)}
     return Conversion(
         method="mla",
-        decisions={**_asked(options), **told, **_told(layers.sizes)},
+        decisions={**_asked(options), **told, **_told(target.sizes)},
         parts=target.parts(partial(_layer, layers, target)),
         config=target.config,
         bytes_per_token=(before * width, after * element),
@@ -151,14 +151,7 @@ def _compressed(source: Source, options: MlaOptions) -> CompressedLayers:
     )
 
 
-def _refuse(
-    source: Source,
-    options: MlaOptions,
-    target: NativeTarget,
-    sizes: Sequence[MlaSizes],
-    *,
-    calibrates: bool,
-) -> None:
+def _refuse(source: Source, options: MlaOptions, target: NativeTarget, *, calibrates: bool) -> None:
     reasons = target.reasons_to_refuse()
     if options.mode == "exact" and calibrates:
         reasons.append("mode 'exact' is not fitted to anything, and calib is given")
@@ -173,7 +166,7 @@ def _refuse(
                 f"keys of factor {options.factor!r} are mixed before they are turned, and DeepSeek "
                 "caches what is turned"
             )
-    before, after = _source_numbers(source) * source.num_layers, _numbers(sizes)
+    before, after = _source_numbers(source) * source.num_layers, _numbers(target.sizes)
     if after > before and not options.allow_larger_cache:
         reasons.append(
             f"it would cache {after // source.num_layers} numbers per token and layer, and "
