@@ -247,9 +247,10 @@ def conversion(
 @app.command()
 def recovery(
     ratio: Annotated[
-        list[float] | None, typer.Option(help="Share of the cache that is left; repeatable.")
+        list[float] | None,
+        typer.Option(help="Share of the cache that is left, 1 for the source; repeatable."),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Steps of 2,048 tokens after each conversion.")] = 300,
+    steps: Annotated[int, typer.Option(help="Steps of 2,048 tokens after each conversion.")] = 120,
     out: Output = Path("bench-out/recovery.jsonl"),
 ) -> None:
     """Measure what training gives back to the example model after conversion to a smaller cache."""

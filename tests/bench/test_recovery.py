@@ -20,7 +20,7 @@ def records(one_thread, monkeypatch):
     monkeypatch.setattr(recovery, "_files", lambda *which: itertools.islice(files(*which), 3))
     found = [{"kind": "environment"}]
     recipe = Recipe(steps=3, batch=2, length=128, rate=1e-3)
-    measure(found.append, recipe=recipe, ratios=(0.25,), tokens=1024)
+    measure(found.append, recipe=recipe, ratios=(1.0, 0.25), tokens=1024)
     return found
 
 
