@@ -120,4 +120,4 @@ def _make_room(model: nn.Module, groups: Mapping[str, list[int]]) -> None:
                 f"config.json: the groups {sizes} of {name} must hold {sites[name].num_heads} "
                 "query heads."
             )
-        sites[name].make_room(sizes)
+        sites[name].make_room(model, sizes)

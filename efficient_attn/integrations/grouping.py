@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 from efficient_attn.convert.gqa import GroupedLayer, InputMoments, group_layer
 from efficient_attn.convert.gqa.learned import PER
 from efficient_attn.integrations import switching
-from efficient_attn.integrations.attention_sites import FusedSite, Site, attention_sites
+from efficient_attn.integrations.attention_sites import attention_sites
 from efficient_attn.integrations.grouped_checkpoints import grouped_record, groups_of
+from efficient_attn.integrations.site import Site
+from efficient_attn.integrations.whole_site import WholeSite
 
 LEARNED = "learned"
 
@@ -85,11 +87,12 @@ def group_heads(
     attention implementation; uneven ones switch the model to this package's, and refuse others. A
     causal model with even groups is saved and loaded by the stock class, as one with so many
     ``num_key_value_heads``; what else is saved, only
-    :func:`~efficient_attn.integrations.grouped_checkpoints.load_grouped` loads. A layer of timm is
-    replaced by a :class:`~efficient_attn.layers.GroupedQueryAttention`.
+    :func:`~efficient_attn.integrations.grouped_checkpoints.load_grouped` loads. A layer of timm, or
+    one of this package, is replaced by a :class:`~efficient_attn.layers.GroupedQueryAttention`.
 
     Args:
-        model: Holds attention of Llama, Mistral, Mixtral, Qwen, BERT, RoBERTa, ViT, or of timm.
+        model: Holds attention of Llama, Mistral, Mixtral, Qwen, BERT, RoBERTa, ViT, or of timm, or
+            :class:`~efficient_attn.layers.GroupedQueryAttention` in even groups.
         num_kv_heads: How many key and value heads are to be left in each layer.
         partition: See :func:`efficient_attn.convert.gqa.group_layer`.
         pooling: The same; or ``"learned"``: averages with weights that further training is to find,
@@ -179,7 +182,7 @@ def _tell_transformers(
 ) -> None:
     """Write into configurations what was done, and switch uneven layers to our attention."""
     ours = {
-        name: layer for name, layer in grouped.items() if not isinstance(sites[name], FusedSite)
+        name: layer for name, layer in grouped.items() if not isinstance(sites[name], WholeSite)
     }
     if not ours:
         return

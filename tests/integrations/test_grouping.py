@@ -7,15 +7,17 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from efficient_attn import ConversionError, UnsupportedError
+from efficient_attn import ConversionError, HeadMap, UnsupportedError
 from efficient_attn.convert.gqa.learned import fold_averages
 from efficient_attn.integrations.attention_sites import attention_sites
 from efficient_attn.integrations.grouped_checkpoints import groups_of, load_grouped
 from efficient_attn.integrations.grouping import calibrate, group_heads
+from efficient_attn.layers import GroupedQueryAttention, RotaryEmbedding
 from tests.integrations.conftest import FAMILIES
 
 EVEN, UNEVEN = [0, 1, 2, 3, 1, 0, 3, 2], [0, 1, 1, 1, 2, 0, 3, 1]
-NAMES = ["llama", "qwen2", "qwen3", "mistral", "bert", "vit", "timm"]
+NAMES = ["llama", "qwen2", "qwen3", "mistral", "bert", "vit", "timm", "ours"]
+WHOLE = ("timm", "ours")
 
 
 def set_heads(model, of):
@@ -65,10 +67,23 @@ class Timm(nn.Module):
         return x
 
 
+class Ours(nn.Module):
+    def __init__(self):
+        super().__init__()
+        rotary = RotaryEmbedding(2)  # half of a head is turned
+        layers = (GroupedQueryAttention(32, 8, causal=True, rotary=rotary) for _ in range(2))
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
 def make(name):
     torch.manual_seed(0)
-    if name == "timm":
-        return Timm().eval()
+    if name in WHOLE:
+        return (Timm if name == "timm" else Ours)().eval()
     model_class, config, _ = FAMILIES[name]
     config = copy.deepcopy(config)
     config.num_attention_heads = 8
@@ -83,7 +98,7 @@ def batch(padded_batch):
     def made(name):
         if name == "vit":
             return {"pixel_values": torch.randn(2, 3, 16, 16)}
-        return {"x": torch.randn(2, 9, 32)} if name == "timm" else padded_batch("right")
+        return {"x": torch.randn(2, 9, 32)} if name in WHOLE else padded_batch("right")
 
     return made
 
@@ -102,7 +117,7 @@ def test_as_many_heads_as_before_change_nothing(name, batch):
     ours, inputs = copy.deepcopy(model), batch(name)
     report = group_heads(ours, 8, calibration=[inputs])
     assert report.cache_ratio == 1
-    tolerance = {"rtol": 1e-5, "atol": 1e-5} if name == "timm" else {"rtol": 0, "atol": 0}
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if name in WHOLE else {"rtol": 0, "atol": 0}
     torch.testing.assert_close(run(ours, inputs), run(model, inputs), **tolerance)
 
 
@@ -118,13 +133,13 @@ def test_equal_heads_share_one_and_nothing_changes(name, of, batch):
         assert {frozenset(of[h] for h in group) for group in layer.groups} == {
             frozenset([i]) for i in range(4)
         }
-    for site in attention_sites(ours).values() if of == EVEN and name != "timm" else ():
+    for site in attention_sites(ours).values() if of == EVEN and name not in WHOLE else ():
         assert site.num_kv_heads == 4
     expected = run(model, inputs)
     implementations = ["efficient_attn"] if of == UNEVEN else ["sdpa", "efficient_attn"]
     if name in ("llama", "qwen2", "qwen3", "mistral") and of == EVEN:
         implementations.append("eager")
-    for implementation in implementations if name != "timm" else [None]:
+    for implementation in implementations if name not in WHOLE else [None]:
         if implementation:
             ours.set_attn_implementation(implementation)
         torch.testing.assert_close(run(ours, inputs), expected, rtol=1e-3, atol=2e-4)
@@ -232,7 +247,7 @@ def test_moments_are_those_of_tokens_that_are_not_padding(padded_batch):
         calibrate(model, [], [layer])
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "bert", "timm"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "bert", "timm", "ours"])
 @pytest.mark.parametrize("per", ["head", "row", "column"])
 def test_learned_averages_start_at_the_mean_learn_and_fold(name, per, batch):
     model, average = make(name), make(name)
@@ -298,6 +313,20 @@ def test_a_refusal_leaves_the_model_as_it_was(change, options, error, message, p
         group_heads(model, **{"num_kv_heads": 2, **options})
     assert torch.equal(run(model, inputs), before)
     assert model.config.num_key_value_heads == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"head_map": HeadMap.from_group_sizes([5, 3])}, "not in even groups"),
+        ({"head_map": HeadMap.diff(8, k=2, v=4)}, "not in even groups"),
+        ({"rotary": RotaryEmbedding(4, interleaved=True)}, "channels f and f"),
+    ],
+)
+def test_layers_of_ours_that_cannot_be_grouped_say_why(options, message):
+    model = nn.Sequential(GroupedQueryAttention(32, 8, **options))
+    with pytest.raises(UnsupportedError, match=message):
+        group_heads(model, 2)
 
 
 def test_models_without_a_known_layer_are_refused():
