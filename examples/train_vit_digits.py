@@ -6,6 +6,8 @@ one, and those already written are not repeated::
 
     python examples/train_vit_digits.py run --seeds 5 --out runs.jsonl
     python examples/train_vit_digits.py report runs.jsonl --plot runs.png
+
+``uptrain.py digits`` converts a trained model instead; ``report`` takes its runs as well.
 """
 
 import json
@@ -13,6 +15,7 @@ import multiprocessing
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache, partial
 from pathlib import Path
@@ -129,8 +132,27 @@ def run(
     workers: Annotated[int | None, typer.Option(help="Processes. Default: one per core.")] = None,
 ) -> None:
     """Train what is missing in a file of runs, seed by seed."""
-    done = {(r["way"], r["key_heads"], r["seed"]) for r in read(out)} if out.exists() else set()
     wanted = [(*each, seed) for seed in range(seeds) for each in RUNS]
+    run_missing(out, wanted, train_and_measure, minutes, workers)
+
+
+def run_missing(
+    out: Path,
+    wanted: list[tuple[str, int, int]],
+    measure: Callable[[str, int, int], dict],
+    minutes: float,
+    workers: int | None,
+) -> None:
+    """Add a line for each way, number of key heads and seed that a file of runs lacks.
+
+    Args:
+        out: The file.
+        wanted: Which runs.
+        measure: What a run gives.
+        minutes: Begin no run after so much time.
+        workers: Processes; by default one per core.
+    """
+    done = {(r["way"], r["key_heads"], r["seed"]) for r in read(out)} if out.exists() else set()
     missing = [each for each in wanted if each not in done]
     deadline = time.monotonic() + 60 * minutes
     start_process = multiprocessing.get_context("spawn")
@@ -138,38 +160,44 @@ def run(
         out.open("a", encoding="utf-8") as file,
         ProcessPoolExecutor(workers, start_process, torch.set_num_threads, (1,)) as pool,
     ):
-        results = [pool.submit(train_and_measure, *each, deadline) for each in missing]
+        results = [pool.submit(in_time, measure, each, deadline) for each in missing]
         for result in tqdm(as_completed(results), total=len(results), unit="run"):
             if result.result() is not None:
                 file.write(json.dumps(result.result()) + "\n")
                 file.flush()
 
 
-def train_and_measure(way: str, key_heads: int, seed: int, deadline: float) -> dict | None:
+def in_time(measure: Callable, each: tuple[str, int, int], deadline: float) -> dict | None:
     """The record of one run; nothing if it is too late to begin."""
     if time.monotonic() > deadline:
         return None
+    return dict(zip(("way", "key_heads", "seed"), each, strict=True)) | measure(*each)
+
+
+def train_and_measure(way: str, key_heads: int, seed: int) -> dict:
+    """What is noted of a run from scratch."""
     model = train(way, key_heads, seed)
     groups = [layer.group_sizes.tolist() for layer in model.modules() if isinstance(layer, DGQA)]
-    record = {"way": way, "key_heads": key_heads, "seed": seed, "groups": groups}
-    return record | {"accuracy": accuracy(model, seed)}
+    return {"groups": groups, "accuracy": accuracy(model, seed)}
 
 
 @app.command()
 def report(
-    runs: Annotated[Path, typer.Argument(help="A file of runs.")],
+    files: Annotated[list[Path], typer.Argument(help="Files of runs.")],
     plot: Annotated[
         Path | None, typer.Option(help="Where to draw accuracy over key heads.")
     ] = None,
 ) -> None:
-    """Show accuracy by way and number of key heads."""
-    heads, *rows = table(read(runs))
-    shown = Table(*heads)
-    for row in rows:
-        shown.add_row(*row)
-    Console().print(shown)
+    """Show accuracy by way and number of key heads; of converted models, before training too."""
+    runs = [read(file) for file in files]
+    for each in runs:
+        heads, *rows = table(each)
+        shown = Table(*heads)
+        for row in rows:
+            shown.add_row(*row)
+        Console().print(shown)
     if plot is not None:
-        draw(read(runs), plot)
+        draw(runs, plot)
 
 
 def read(path: Path) -> list[dict]:
@@ -177,12 +205,18 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def by_kind(runs: list[dict]) -> dict[tuple[str, int], dict[int, float]]:
-    """Accuracy of each way and number of key heads, by seed."""
+def by_kind(runs: list[dict], measure: str = "accuracy") -> dict[tuple[str, int], dict[int, float]]:
+    """A measure in per cent of each way and number of key heads, by seed."""
     found = defaultdict(dict)
     for each in runs:
-        found[each["way"], each["key_heads"]][each["seed"]] = each["accuracy"]
+        if measure in each:
+            found[each["way"], each["key_heads"]][each["seed"]] = 100 * each[measure]
     return found
+
+
+def baseline(runs: list[dict]) -> str:
+    """The way that others are compared with: even groups, made of averages in a conversion."""
+    return "average" if any("before" in each for each in runs) else "even groups"
 
 
 def table(runs: list[dict]) -> list[tuple[str, ...]]:
@@ -190,49 +224,75 @@ def table(runs: list[dict]) -> list[tuple[str, ...]]:
 
     Differences are to even groups of as many key heads, seed by seed, with their standard error.
     """
-    kinds = by_kind(runs)
-    rows = [("key heads", "groups", "accuracy, %", "deviation", "to even groups", "±", "seeds")]
-    for (way, key_heads), found in sorted(kinds.items(), key=lambda item: item[0][1]):
-        percent = [100 * x for x in found.values()]
-        row = [str(key_heads), way, f"{statistics.mean(percent):.2f}"]
-        row.append(f"{statistics.stdev(percent):.2f}" if len(percent) > 1 else "")
-        even = kinds["even groups", key_heads]
-        apart = [100 * (found[seed] - even[seed]) for seed in found if seed in even]
-        if way == "even groups" or len(apart) < 2:
+    kinds, before, even = by_kind(runs), by_kind(runs, "before"), baseline(runs)
+    rows = [("key heads", "groups", *(["before, %"] if before else []), "accuracy, %", "deviation")]
+    rows[0] += (f"to {even}", "±", "seeds")
+    for (way, key_heads), percent in sorted(kinds.items(), key=lambda item: item[0][1]):
+        row = [str(key_heads), way]
+        if before:
+            row.append(f"{statistics.mean(before[way, key_heads].values()):.2f}")
+        row += [f"{statistics.mean(percent.values()):.2f}", f"{deviation(percent.values()):.2f}"]
+        reference = kinds.get((even, key_heads), {})
+        apart = [x - reference[seed] for seed, x in percent.items() if seed in reference]
+        if way == even or len(apart) < 2:
             row += ["", ""]
         else:
-            error = statistics.stdev(apart) / len(apart) ** 0.5
+            error = deviation(apart) / len(apart) ** 0.5
             row += [f"{statistics.mean(apart):+.2f}", f"{error:.2f}"]
         rows.append((*row, str(len(percent))))
     return rows
 
 
-def draw(runs: list[dict], path: Path) -> None:
-    """Mean accuracy over the number of key heads, with its standard error."""
+def deviation(values: Iterable[float]) -> float:
+    """Of a sample; 0 for a single value."""
+    values = list(values)
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def draw(files: list[list[dict]], path: Path) -> None:
+    """Mean accuracy over the number of key heads, with its standard error, a panel for each file.
+
+    Hollow points are converted models before any training.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    kinds = by_kind(runs)
-    for shift, way in enumerate(WAYS):
-        points = sorted((n, found) for (name, n), found in kinds.items() if name == way)
-        values = [[100 * x for x in found.values()] for _, found in points]
-        axes.errorbar(
-            [n * 1.03**shift for n, _ in points],
-            [statistics.mean(x) for x in values],
-            [statistics.stdev(x) / len(x) ** 0.5 if len(x) > 1 else 0.0 for x in values],
-            marker="o",
-            capsize=2,
-            label=way,
-            linestyle="-" if way == "even groups" else "none",
+    figure, panels = plt.subplots(
+        1,
+        len(files),
+        figsize=(6 * len(files), 4.2),
+        layout="constrained",
+        sharey=True,
+        squeeze=False,
+    )
+    for axes, runs in zip(panels[0], files, strict=True):
+        for number, (measure, style) in enumerate((("accuracy", {}), ("before", {"mfc": "white"}))):
+            kinds = by_kind(runs, measure)
+            ways = dict.fromkeys(way for way, _ in by_kind(runs))
+            for shift, way in enumerate(ways):
+                points = sorted((n, found) for (name, n), found in kinds.items() if name == way)
+                axes.errorbar(
+                    [n * 1.03**shift for n, _ in points],
+                    [statistics.mean(found.values()) for _, found in points],
+                    [deviation(found.values()) / len(found) ** 0.5 for _, found in points],
+                    marker="o",
+                    capsize=2,
+                    color=f"C{shift}",
+                    label=None if number else way,
+                    linestyle="-" if way == baseline(runs) and not number else "none",
+                    **style,
+                )
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(KEY_HEADS, [str(n) for n in KEY_HEADS])
+        axes.set_xlabel(f"key and value heads, of {HEADS} query heads")
+        converted = any("before" in each for each in runs)
+        axes.set_title(
+            "converted, and trained further" if converted else "from scratch", fontsize=9
         )
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(KEY_HEADS, [str(n) for n in KEY_HEADS])
-    axes.set_xlabel(f"key and value heads, of {HEADS} query heads")
-    axes.set_ylabel("accuracy on held-back digits, %")
-    axes.legend(fontsize=8)
+        axes.legend(fontsize=7)
+    panels[0][0].set_ylabel("accuracy on held-back digits, %")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

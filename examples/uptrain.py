@@ -1,27 +1,33 @@
-"""Group the heads of the example language model, and train it a little further.
+"""Group the heads of a trained model, and train it a little further: a language model, or a ViT.
 
-A conversion is measured on the test files before and after some steps on the training files, beside
-the source, trained as long: the source is not at the end of its training either. Every run is one
-line of a file, which may hold other records, and runs that it has already are not repeated::
+A conversion is measured on held-back data before and after some steps, beside the source, trained
+as long: the source is not at the end of its training either. Every run is one line of a file, and
+runs that it has already are not repeated. The language model is that of this folder::
 
     python examples/uptrain.py run --pooling source --pooling fitted --out runs.jsonl
     python examples/uptrain.py run --pooling fitted --distill 0.5 --out runs.jsonl
 
-Use ``uptrain`` from here for any model whose heads were grouped, with whatever loss it has.
+and the vision transformer that of ``train_vit_digits.py``, with all of its ways to group heads::
+
+    python examples/uptrain.py digits --seeds 5 --out digits.jsonl
+    python examples/train_vit_digits.py report digits.jsonl --plot digits.png
+
+Use ``uptraining.py`` for any model whose heads were grouped, with whatever loss it has.
 """
 
 import copy
 import json
 import math
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated
 
 import torch
+import train_vit_digits as vit
 import typer
 from torch import Tensor, nn
-from torch.nn.functional import kl_div
-from tqdm import tqdm
+from torch.nn.functional import cross_entropy, kl_div
 from train_language_model import (
     MODEL_FOLDER,
     batch_at,
@@ -33,27 +39,37 @@ from train_language_model import (
     worker_pool,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from uptraining import uptrain
 
 from efficient_attn.convert.gqa.learned import LearnedAverage, fold_averages
 from efficient_attn.integrations.grouping import calibrate, group_heads
-from efficient_attn.layers import GroupedQueryAttention
-from efficient_attn.layers.key_driven import freeze_groups
 
 SOURCE = "source"
 LENGTH = 512
 # A quarter of the highest rate of the source's training.
 PEAK_RATE = 1e-3
-# Groups that change in training are fixed when this share of it is done.
-FREEZE_AT = 0.85
 CALIBRATION_ROWS = 32
 TEST_TOKENS = 32_768
 
+# Ways to convert the vision transformer. Those whose groups follow the keys, and PGQA, start from
+# averages of neighbours, as their authors do.
+CONVERSIONS = {
+    "average": {"partition": "consecutive", "pooling": "mean"},
+    "aligned": {"partition": "consecutive", "pooling": "aligned"},
+    "clustered, average": {"partition": "clustered", "pooling": "mean"},
+    "clustered, aligned": {"partition": "clustered", "pooling": "aligned"},
+    "searched, fitted": {"partition": "searched-even", "pooling": "fitted"},
+}
+KEY_DRIVEN = [way for way in vit.WAYS if way != "even groups"]
+VIT_RUNS = [
+    (SOURCE, vit.HEADS),
+    *((way, n) for n in vit.KEY_HEADS[1:-1] for way in (*CONVERSIONS, *KEY_DRIVEN)),
+    *((way, 1) for way, options in CONVERSIONS.items() if options["partition"] != "clustered"),
+]
+# As much slower, in as much of the source's training.
+VIT_RATE, VIT_EPOCHS = vit.PEAK_RATE / 4, 3
+
 app = typer.Typer(add_completion=False, help=__doc__.split("\n")[0])
-
-
-@app.callback()
-def main() -> None:
-    """Keep ``run`` a name, for there may be more."""
 
 
 @app.command()
@@ -106,89 +122,29 @@ def one_run(
         )
     before = mean_loss(model, test, LENGTH)
     watched = streams["calibration"][-16_384:]
-    log = uptrain(
-        model,
-        (batch_at(streams["train"], step, LENGTH) for step in range(steps)),
-        steps,
-        optimizers=optimizers_of(model),
-        loss_of=distilled(model, source, distill) if distill else None,
-        watch=lambda: {"calibration_loss": round(mean_loss(model, watched, LENGTH), 4)},
-    )
+    optimizers = optimizers_of(model)
+    loss_of = distilled(model, source, distill) if distill else None
+    with worker_pool() as pool:
+
+        def update(batch: Tensor, progress: float) -> float:
+            rate = PEAK_RATE * schedule(progress)
+            return train_step(model, optimizers, batch, rate, pool, loss_of)
+
+        log = uptrain(
+            model,
+            (batch_at(streams["train"], step, LENGTH) for step in range(steps)),
+            steps,
+            update=update,
+            watch=lambda: {"calibration_loss": round(mean_loss(model, watched, LENGTH), 4)},
+        )
     fold_averages(model)
     after = mean_loss(model, test, LENGTH)
     return {
-        "trained_tokens": log[-1]["tokens"],
+        "trained_tokens": log[-1]["seen"],
         "test_tokens": len(test),
         "perplexity_before": math.exp(before),
         "perplexity_after": math.exp(after),
         "log": log,
-    }
-
-
-def uptrain(
-    model: nn.Module,
-    batches: Iterator[Tensor],
-    steps: int,
-    *,
-    optimizers: list[torch.optim.Optimizer],
-    peak_rate: float = PEAK_RATE,
-    loss_of: Callable[[Tensor], Tensor] | None = None,
-    watch: Callable[[], dict] = dict,
-    log_every: int = 20,
-) -> list[dict]:
-    """Train a model whose heads were grouped, in place; returns the log.
-
-    Layers whose groups follow their keys are frozen when most of the training is done, so that the
-    rest of it, and all that comes after, sees one map.
-
-    Args:
-        model: The model.
-        batches: Rows of inputs.
-        steps: How many batches are used.
-        optimizers: What updates the weights.
-        peak_rate: The highest learning rate.
-        loss_of: From one row to its loss; by default, cross entropy of the next token.
-        watch: Measures whatever is to be logged.
-        log_every: Steps between two entries of the log.
-    """
-    log, losses, tokens, maps, changes = [], [], 0, group_sizes(model), 0
-    frozen = False
-    with worker_pool() as pool:
-        for step in tqdm(range(1, steps + 1), unit="step", mininterval=5):
-            model.train()
-            batch = next(batches)
-            rate = peak_rate * schedule((step - 0.5) / steps)
-            losses.append(train_step(model, optimizers, batch, rate, pool, loss_of))
-            tokens += batch.numel()
-            if not frozen and step >= FREEZE_AT * steps:
-                freeze_groups(model)
-                frozen = True
-            sizes = group_sizes(model)
-            changes += sum(sizes[name] != maps[name] for name in sizes)
-            maps = sizes
-            if step % log_every == 0 or step == steps:
-                log.append(
-                    {
-                        "step": step,
-                        "tokens": tokens,
-                        "train_loss": round(sum(losses) / len(losses), 4),
-                        "map_changes": changes,
-                        "empty_groups": sum(size == 0 for s in sizes.values() for size in s),
-                        "groups": sizes,
-                        **watch(),
-                    }
-                )
-                losses, changes = [], 0
-    model.eval()
-    return log
-
-
-def group_sizes(model: nn.Module) -> dict[str, list[int]]:
-    """How many query heads each key head serves, in layers that have a map of their own."""
-    return {
-        name: module.q_to_k.bincount(minlength=module.num_key_heads).tolist()
-        for name, module in model.named_modules()
-        if isinstance(module, GroupedQueryAttention) and module.q_to_k is not None
     }
 
 
@@ -215,6 +171,88 @@ def optimizers_of(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     if learned:
         optimizers[-1].add_param_group({"params": learned, "weight_decay": 0.0})
     return optimizers
+
+
+# --- the vision transformer -------------------------------------------------------------------
+
+
+@app.command()
+def digits(
+    out: Annotated[Path, typer.Option(help="Where one line per run is added.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each way.")] = 5,
+    distill: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the loss that is the source's opinion.")
+    ] = 0.0,
+    minutes: Annotated[float, typer.Option(help="Begin no run after so much time.")] = 60.0,
+    workers: Annotated[int | None, typer.Option(help="Processes. Default: one per core.")] = None,
+) -> None:
+    """Convert a trained vision transformer in every way, and train what comes of it further."""
+    wanted = [(*each, seed) for seed in range(seeds) for each in VIT_RUNS]
+    vit.run_missing(out, wanted, partial(convert_and_uptrain, distill=distill), minutes, workers)
+
+
+def convert_and_uptrain(way: str, key_heads: int, seed: int, distill: float = 0.0) -> dict:
+    """Accuracy on held-back images before and after, and the course of training."""
+    images, classes = vit.digits()
+    learnt, _ = vit.split(seed)
+    source = trained(seed)
+    model = converted(way, key_heads, source, images[learnt])
+    before = vit.accuracy(model, seed)
+    torch.manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=VIT_RATE, weight_decay=0.05)
+
+    def update(batch: Tensor, progress: float) -> float:
+        logits = model(images[batch])
+        loss = cross_entropy(logits, classes[batch])
+        if distill:
+            with torch.no_grad():
+                truth = source(images[batch]).log_softmax(-1)
+            divergence = kl_div(
+                logits.log_softmax(-1), truth, reduction="batchmean", log_target=True
+            )
+            loss = (1 - distill) * loss + distill * divergence
+        optimizer.param_groups[0]["lr"] = VIT_RATE * schedule(progress)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    steps = VIT_EPOCHS * -(-len(learnt) // vit.BATCH)
+    log = uptrain(model, epochs_of(learnt), steps, update=update, progress=False)
+    return {
+        "before": before,
+        "accuracy": vit.accuracy(model, seed),
+        "epochs": VIT_EPOCHS,
+        "distill": distill,
+        "log": log,
+    }
+
+
+@cache
+def trained(seed: int) -> nn.Module:
+    """A vision transformer with a key head for every query head."""
+    return vit.train("even groups", vit.HEADS, seed)
+
+
+def converted(way: str, key_heads: int, source: nn.Module, images: Tensor) -> nn.Module:
+    """The source with fewer key heads, fitted to images that it has learnt from."""
+    model = copy.deepcopy(source)
+    if way == SOURCE:
+        return model
+    group_heads(
+        model, key_heads, calibration=[images], **CONVERSIONS.get(way, CONVERSIONS["average"])
+    )
+    if way in KEY_DRIVEN:
+        state = model.state_dict()
+        model = vit.VisionTransformer(way, key_heads)
+        model.load_state_dict(state)
+    return model.eval()
+
+
+def epochs_of(indices: Tensor) -> Iterator[Tensor]:
+    """Batches of all images in a random order, again and again."""
+    while True:
+        yield from indices[torch.randperm(len(indices))].split(vit.BATCH)
 
 
 if __name__ == "__main__":

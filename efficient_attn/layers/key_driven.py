@@ -124,6 +124,13 @@ class KDGQA(KeyDrivenAttention):
             return self.head_map
         return self._as_map(self._allocate(norms if self.scope == "sample" else over_batch))
 
+    @property
+    def group_sizes(self) -> Tensor:
+        """Query heads of each key head; while the map is live, those that freeze() would fix."""
+        if self._frozen or self.scope not in ("sample", "batch"):
+            return super().group_sizes
+        return self._as_map(self._allocate(self.norm_memory)).inverse_k().starts.diff()
+
     @torch.no_grad()
     def prompt_map(self, prompt: Tensor, *, key_lengths: Tensor | None = None) -> HeadMap:
         """The map that each sequence gets by its prompt, one row for each.

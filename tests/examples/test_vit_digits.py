@@ -54,5 +54,5 @@ def test_runs_are_added_and_not_repeated(tmp_path, monkeypatch):
     assert runs[1]["groups"] == [[2, 2, 2, 2]] * example.LAYERS
     heads, even, dynamic = example.table(runs)
     assert even[1] == "even groups" and dynamic[1] == "DGQA, average" and dynamic[-1] == "2"
-    example.draw(runs, tmp_path / "runs.png")
+    example.draw([runs], tmp_path / "runs.png")
     assert (tmp_path / "runs.png").stat().st_size > 1000
