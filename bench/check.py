@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import efficient_attn as ea
-from bench.estimate import log_multiplicity
+from bench.estimate import Estimate, estimate_of
 from bench.workloads import Inputs, Workload
 
 # An implementation may be this many times less accurate than the plain formula in its dtype ...
@@ -135,7 +135,7 @@ def formula(
     grad_out: Tensor | None,
     visible: Tensor,
     scale: float,
-    log_weight: Tensor | None = None,
+    estimate: Estimate | None = None,
     top_values: int | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Softmax attention of one head and its gradients, as written in a textbook.
@@ -144,15 +144,15 @@ def formula(
         - query: ``(batch, rows, d_qk)``
         - key: ``(batch, keys, d_qk)``; value: ``(batch, keys, d_v)``
         - grad_out: ``(batch, rows, d_v)`` or ``None``; visible: ``(rows, keys)``
-        - log_weight: added to the scores, ``(rows, keys)``
+        - estimate: of how many keys each stands for, ``(rows, keys)``
         - top_values: how many weights count, the largest ones; a number
 
     Returns:
         The results by name, and the sum of squares of the terms of each.
     """
     scores = query @ key.mT * scale
-    if log_weight is not None:
-        scores = scores + log_weight.to(scores.dtype)
+    if estimate is not None:
+        scores, limited = estimate.weighted(scores)
     scores = scores.masked_fill(~visible, -torch.inf)
     # A row that sees nothing has no softmax; it gives zeros.
     weights = scores.softmax(-1).masked_fill(~visible, 0)
@@ -166,6 +166,8 @@ def formula(
     if grad_out is not None:
         grad_weights = grad_out @ value.mT
         mean = (weights * grad_weights).sum(-1, keepdim=True)
+        if estimate is not None:
+            mean = estimate.mean(limited, weights, grad_weights)
         grad_scores = weights * (grad_weights - mean) * scale
         results["dq"] = grad_scores @ key
         results["dk"] = grad_scores.mT @ query
@@ -209,7 +211,7 @@ def _evaluate(
             None if grad_out is None else grad_out[:, heads, rows].flatten(1, 2).to(dtype),
             visible.repeat(count, 1),
             workload.scale,
-            None if plan is None else _log_weights(plan, workload.num_queries, heads, rows),
+            None if plan is None else estimate_of(workload, plan, heads, rows),
             top_values,
         )
         for name, read in (("dk", k), ("dv", v)):
@@ -229,12 +231,6 @@ def _evaluate(
         for name, squares in {**spread, **sum_squares}.items()
     }
     return {**gathered, **sums}, magnitude
-
-
-def _log_weights(plan: ea.HyperPlan, nq: int, heads: slice, rows: Tensor) -> Tensor:
-    """What a plan adds to the scores of the sampled rows, one head under the other."""
-    each = (log_multiplicity(plan, nq, head, rows) for head in range(heads.start, heads.stop))
-    return torch.cat(list(each))
 
 
 def _heads_at_a_time(workload: Workload, most: int) -> Iterator[tuple[slice, int, int]]:

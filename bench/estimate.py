@@ -2,12 +2,71 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 import efficient_attn as ea
 from bench.workloads import HYPER_CONFIGS, Inputs, Workload
 from efficient_attn.planning.layout import leaf_range, near_keys
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a plan makes of scores, ``(rows, keys)``.
+
+    Attributes:
+        log_weight: How often each key counts, as a logarithm.
+        is_exact: Which keys are not sampled.
+        max_sample_mass: The most that the sampled ones weigh, as a multiple of the others.
+    """
+
+    log_weight: Tensor
+    is_exact: Tensor
+    max_sample_mass: float | None
+
+    def weighted(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores with the weights, and which of their rows ``(..., rows, 1)`` met the limit."""
+        scores = scores + self.log_weight.to(scores.dtype)
+        if self.max_sample_mass is None:
+            return scores, torch.zeros_like(scores[..., :1], dtype=torch.bool)
+        exact, sampled = (
+            scores.masked_fill(hidden, -torch.inf).logsumexp(-1, keepdim=True)
+            for hidden in (~self.is_exact, self.is_exact)
+        )
+        excess = (sampled - exact - math.log(self.max_sample_mass)).clamp(min=0)
+        return torch.where(self.is_exact, scores, scores - excess), excess > 0
+
+    def mean(self, limited: Tensor, weights: Tensor, values: Tensor) -> Tensor:
+        """The mean of values that each key's gradient is relative to.
+
+        In a row that met the limit, the masses of the two kinds of keys are in a fixed proportion:
+        each kind has a softmax of its own.
+        """
+        of_all = (weights * values).sum(-1, keepdim=True)
+        of_kind = of_all.new_zeros(weights.shape)
+        for kind in (self.is_exact, ~self.is_exact):
+            mass = (weights * kind).sum(-1, keepdim=True)
+            mean = (weights * kind * values).sum(-1, keepdim=True) / torch.where(mass > 0, mass, 1)
+            of_kind = torch.where(kind, mean, of_kind)
+        return torch.where(limited, of_kind, of_all)
+
+
+def estimate_of(workload: Workload, plan: ea.HyperPlan, heads: slice, rows: Tensor) -> Estimate:
+    """That of the sampled rows, one head under the other."""
+
+    def log_weights(plan: ea.HyperPlan) -> Tensor:
+        numbers = range(heads.start, heads.stop)
+        each = (log_multiplicity(plan, workload.num_queries, head, rows) for head in numbers)
+        return torch.cat(list(each))
+
+    log_weight = log_weights(plan)
+    if not plan.is_sampled_by_leaf:
+        return Estimate(log_weight, log_weight > -torch.inf, None)
+    limit = HYPER_CONFIGS[workload.hyper].max_sample_mass
+    return Estimate(log_weight, log_weights(plan.exact_part()) > -torch.inf, limit)
 
 
 def plan_of(workload: Workload, inputs: Inputs) -> ea.HyperPlan:

@@ -66,6 +66,8 @@ def variants(size: int, causal: bool) -> dict[str, HyperConfig]:
     }
     if size == MIDDLE:
         found |= {
+            "window, blocks, samples: no limit": HyperConfig(**both, max_sample_mass=None),
+            "window, samples: no limit": HyperConfig(**samples, max_sample_mass=None),
             "window, samples: no sinks": HyperConfig(**{**samples, "sinks": 0}),
             "window, samples: one set for all": HyperConfig(**samples, own_samples=False),
             "window, samples: with replacement": HyperConfig(**samples, replacement=True),

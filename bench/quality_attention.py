@@ -112,8 +112,10 @@ class CountPairs(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.efficient_attn.hyper_attention.default:
             query, key, _, *plan, _ = args
-            self.pairs += pairs_of(HyperPlan(*plan), query, key)
-            self.queries += query.shape[:3].numel()
+            plan = HyperPlan(*plan)
+            self.pairs += pairs_of(plan, query, key)
+            # Samples whose mass is limited are a call of their own, for the same queries.
+            self.queries += query.shape[:3].numel() if plan.window >= 0 else 0
         return function(*args, **(kwargs or {}))
 
     @property
@@ -125,12 +127,14 @@ def pairs_of(plan: HyperPlan, query: Tensor, key: Tensor) -> int:
     """Scores that a plan evaluates; what is both near and in a block counts twice."""
     heads, nq, nk = query.shape[:2].numel(), query.shape[2], key.shape[2]
     position, leaf = torch.arange(nk - nq, nk), plan.leaf_size
-    total = int((plan.band_end - plan.band_start).sum())
+    has_blocks = plan.block_rows.shape[2] > 0
+    total = int((plan.band_end - plan.band_start).sum()) if has_blocks else 0
     if leaf:
         leaf_start = position // leaf * leaf
         start = (leaf_start - plan.window).clamp(min=0)
         stop = position + 1 if plan.causal else (leaf_start + leaf + plan.window).clamp(max=nk)
-        total += heads * int((stop - start + start.clamp(max=plan.sinks)).sum())
+        near = (stop - start).clamp(min=0)
+        total += heads * int((near + start.clamp(max=plan.sinks)).sum())
     if not plan.samples_by_leaf:
         return total + int((plan.block_rows >= 0).sum()) * plan.sample_keys.shape[-1]
     first_leaf = 0 if plan.causal else min((nk - nq) // leaf, 0)
