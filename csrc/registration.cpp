@@ -56,10 +56,14 @@ STABLE_TORCH_LIBRARY_IMPL(efficient_attn_native, CPU, m) {
 // The CUDA ops on a machine that is emulated, for tests.
 STABLE_TORCH_LIBRARY(efficient_attn_emulated, m) {
   m.def(
+      "lsh_codes(Tensor x, Tensor normals, SymInt bits, bool center, SymInt leaf, SymInt first, "
+      "bool own, SymInt seed) -> Tensor");
+  m.def(
       "segment_order(Tensor codes, SymInt bins, SymInt[] sizes, SymInt tokens, SymInt first, "
       "SymInt processors, SymInt shared_memory, SymInt seed) -> (Tensor order, Tensor rank)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(efficient_attn_emulated, CPU, m) {
+  m.impl("lsh_codes", TORCH_BOX(&ea::cuda::emulated::lsh_codes));
   m.impl("segment_order", TORCH_BOX(&ea::cuda::emulated::segment_order));
 }

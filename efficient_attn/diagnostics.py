@@ -21,11 +21,12 @@ OPS = (
     "selective_decode",
     "mla_decode",
     "merge_states",
+    "lsh_codes",
     "segment_order",
 )
-_CPU_OPS = ("attention_decode", "selective_decode", "mla_decode", "merge_states", "segment_order")
-_CUDA_OPS = ("segment_order",)
-_WITHOUT_TRITON = ("merge_states", "segment_order")
+_CUDA_OPS = ("lsh_codes", "segment_order")
+_CPU_OPS = ("attention_decode", "selective_decode", "mla_decode", "merge_states", *_CUDA_OPS)
+_WITHOUT_TRITON = ("merge_states", "lsh_codes", "segment_order")
 
 
 def report() -> dict:

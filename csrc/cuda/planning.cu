@@ -29,6 +29,11 @@ struct PlanningDevice : Device {
 
 }  // namespace
 
+Tensor lsh_codes(
+    Tensor x, Tensor normals, int64_t bits, bool center, int64_t leaf, int64_t first, bool own) {
+  return lsh_codes_on(PlanningDevice(x), x, normals, bits, center, leaf, first, own);
+}
+
 std::tuple<Tensor, Tensor> segment_order(
     Tensor codes, int64_t bins, std::vector<int64_t> sizes, int64_t tokens, int64_t first) {
   return segment_order_on(PlanningDevice(codes), codes, bins, sizes, tokens, first);

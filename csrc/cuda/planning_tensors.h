@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cuda/hash_block.h"
 #include "cuda/sort_block.h"
 
 // Tensors to the plain data that kernels are told, for any machine that runs them: a device, or the
@@ -19,6 +20,69 @@ namespace {  // What holds tensors has no visibility to give.
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+template <typename Element, typename Machine>
+void hash_on(const Machine& machine, int64_t heads, const HashCall& call) {
+  using Project = ProjectBlock<Element>;
+  machine.template launch<Project>(heads * call.parts.parts, Project::kMostThreads,
+                                   Project::shared_bytes(call), call);
+  if (!call.center) return;
+  machine.template launch<MeansBlock>(heads, MeansBlock::kMostThreads,
+                                      MeansBlock::shared_bytes(call), call);
+  machine.template launch<CodesBlock>(heads * CodesBlock::blocks_of_head(call),
+                                      CodesBlock::kMostThreads, 0, call);
+}
+
+template <typename Machine>
+Tensor lsh_codes_on(
+    const Machine& machine, const Tensor& x, Tensor normals, int64_t bits, bool center,
+    int64_t leaf, int64_t first, bool own) {
+  STD_TORCH_CHECK(x.dim() == 4 && normals.scalar_type() == ScalarType::Float &&
+                      normals.dim() == 2 && normals.size(0) == x.size(3) &&
+                      normals.size(1) == kMostBits,
+                  "lsh_codes got tokens and normals that do not fit together; pass (batch, heads, ",
+                  "tokens, dim) and float32 (dim, ", kMostBits, ").");
+  const int64_t tokens = x.size(2), heads = x.size(0) * x.size(1), most = 1 << 30;
+  STD_TORCH_CHECK(bits >= 1 && bits <= kMostBits && leaf >= 0 && leaf < most &&
+                      tokens + std::abs(first) < most,
+                  "lsh_codes got ", bits, " bits, leaves of ", leaf, " and ", tokens,
+                  " tokens from ", first, " on; pass 1 to ", kMostBits, " bits, and less than 2**30.");
+  normals = torch::stable::contiguous(normals);
+  const int64_t size = x.element_size(), granule = sizeof(Granule);
+  bool aligned = x.stride(3) == 1 && x.size(3) * size % granule == 0;
+  for (int axis = 0; axis < 3; ++axis) aligned &= x.stride(axis) * size % granule == 0;
+  for (const void* data : {x.const_data_ptr(), normals.const_data_ptr()}) {
+    aligned &= reinterpret_cast<uintptr_t>(data) % granule == 0;
+  }
+  STD_TORCH_CHECK(aligned, "lsh_codes got tokens or normals that do not all begin and end at ",
+                  "multiples of 16 bytes.");
+
+  Tensor codes = torch::stable::new_empty(x, {x.size(0), x.size(1), tokens}, ScalarType::Int);
+  if (codes.numel() == 0) return codes;
+  HashCall call{x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2), int32_t(x.size(1)),
+                int32_t(x.size(3)), int32_t(bits),
+                static_cast<const Float4*>(normals.const_data_ptr()),
+                HashParts::make(int32_t(tokens), int32_t(first), int32_t(center ? leaf : 0)),
+                center, own, static_cast<int32_t*>(codes.mutable_data_ptr()), nullptr, nullptr,
+                nullptr};
+  std::vector<Tensor> held;
+  const auto room = [&](int64_t numbers) {
+    held.push_back(torch::stable::new_empty(normals, {center ? heads * numbers : 0}));
+    return static_cast<float*>(held.back().mutable_data_ptr());
+  };
+  call.projections = room(bits * tokens);
+  call.sums = room(call.parts.parts * kMostBits);
+  call.means = room(call.parts.runs * kMostBits);
+  switch (x.scalar_type()) {
+    case ScalarType::Float: hash_on<float>(machine, heads, call); break;
+    case ScalarType::BFloat16: hash_on<BFloat16>(machine, heads, call); break;
+    case ScalarType::Half: hash_on<Half>(machine, heads, call); break;
+    default:
+      STD_TORCH_CHECK(false, "lsh_codes got ", torch::headeronly::toString(x.scalar_type()),
+                      "; pass float16, bfloat16 or float32.");
+  }
+  return codes;
+}
 
 template <typename Machine>
 std::tuple<Tensor, Tensor> segment_order_on(

@@ -20,6 +20,13 @@ struct PlanningMachine {
 
 }  // namespace
 
+Tensor lsh_codes(
+    Tensor x, Tensor normals, int64_t bits, bool center, int64_t leaf, int64_t first, bool own,
+    int64_t seed) {
+  const PlanningMachine machine{1, 0, seed};
+  return lsh_codes_on(machine, x, normals, bits, center, leaf, first, own);
+}
+
 std::tuple<Tensor, Tensor> segment_order(
     Tensor codes, int64_t bins, std::vector<int64_t> sizes, int64_t tokens, int64_t first,
     int64_t processors, int64_t shared_memory, int64_t seed) {

@@ -21,13 +21,44 @@ KEY = "CUDA"
 _refusal: str | None = "not asked for yet"
 _active: CudaKernels | None = None
 
-# Levels and bins for which common/segment_sort_plan.h finds memory on every device.
-_MOST_LEVELS, _MOST_BINS = 24, 2**13 + 1
+# Levels and bins for which csrc/common/segment_sort.h finds memory on every device, and dims whose
+# normals fit into what a block has without asking.
+_MOST_LEVELS, _MOST_BINS, _MOST_DIM = 24, 2**13 + 1, 512
+_MOST_TOKENS = 2**30
+_TOKEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _segment_order_covers(codes: Tensor, bins: int, sizes: list[int], tokens: int, first: int):
+def _lsh_codes_covers(
+    x: Tensor, normals: Tensor, bits: int, center: bool, leaf: int, first: int, own: bool
+) -> bool:
+    # Both are read 16 bytes at a time.
+    steps = (n * x.itemsize for n in (*x.stride()[:-1], x.shape[-1]))
+    starts = (normals.data_ptr(), x.data_ptr(), *steps)
+    return (
+        x.dtype in _TOKEN_DTYPES
+        and 0 < x.shape[-1] <= _MOST_DIM
+        and x.stride(-1) == 1
+        and all(start % 16 == 0 for start in starts)
+        and x.shape[2] + abs(first) < _MOST_TOKENS
+        and leaf < _MOST_TOKENS
+    )
+
+
+def _lsh_codes_sample(device: torch.device) -> tuple:
+    # Small whole numbers, whose products are exact in every precision. A mean of leaves is whole,
+    # and equal to a projection, only where it is exact, too.
+    def numbers(*shape):
+        count = torch.arange(torch.Size(shape).numel(), device=device)
+        return count.mul(40503).remainder(2**16).remainder(7).sub(3).view(shape)
+
+    return numbers(1, 2, 300, 24).bfloat16(), numbers(24, 16).float(), 9, True, 140, -30, True
+
+
+def _segment_order_covers(
+    codes: Tensor, bins: int, sizes: list[int], tokens: int, first: int
+) -> bool:
     few = 0 < len(sizes) <= _MOST_LEVELS and bins <= _MOST_BINS
-    return few and codes.shape[-1] + abs(first) < 2**30
+    return few and codes.shape[-1] + abs(first) < _MOST_TOKENS
 
 
 def _segment_order_sample(device: torch.device) -> tuple:
@@ -37,6 +68,7 @@ def _segment_order_sample(device: torch.device) -> tuple:
 
 
 CANDIDATES = (
+    Candidate("lsh_codes", _lsh_codes_covers, _lsh_codes_sample, torch.equal),
     Candidate("segment_order", _segment_order_covers, _segment_order_sample, torch.equal),
 )
 
