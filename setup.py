@@ -100,9 +100,10 @@ def cuda_home() -> Path | None:
     """
     if os.environ.get("EFFICIENT_ATTN_BUILD_CUDA", "1") == "0":
         return None
-    asked_for = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc", path=f"{asked_for}/bin" if asked_for else None)
-    nvcc = nvcc or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if asked_for := os.environ.get("CUDA_HOME"):
+        nvcc = shutil.which("nvcc", path=f"{asked_for}/bin")
+    else:
+        nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if nvcc is None:
         return None
     # What is called nvcc may be a script that starts another; the compiler knows where it is.

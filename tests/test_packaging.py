@@ -1,6 +1,7 @@
 """What is built from a checkout, without a network and without torch at hand."""
 
 import email
+import json
 import os
 import re
 import shutil
@@ -106,6 +107,46 @@ def test_a_native_build_without_torch_says_what_to_type(checkout, tmp_path):
     done = build("wheel", checkout, tmp_path, EFFICIENT_ATTN_BUILD_NATIVE="1")
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert "EFFICIENT_ATTN_BUILD_NATIVE=1 pip install --no-build-isolation ." in done.stderr
+
+
+# The extensions that setup.py would build, and where they look for libraries.
+EXTENSIONS = """
+import json, runpy, setuptools
+def setup(ext_modules=(), **rest):
+    print(json.dumps({x.name: x.library_dirs for x in ext_modules}))
+setuptools.setup = setup
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+def extensions(**environment):
+    done = subprocess.run(
+        [sys.executable, "-c", EXTENSIONS],
+        cwd=ROOT,
+        env={**os.environ, "EFFICIENT_ATTN_BUILD_NATIVE": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", ["CUDA_HOME", "EFFICIENT_ATTN_BUILD_CUDA"])
+def test_a_native_build_without_nvcc_or_without_wanting_it_is_for_the_cpu(tmp_path, name):
+    off = {"CUDA_HOME": str(tmp_path), "EFFICIENT_ATTN_BUILD_CUDA": "0"}
+    assert set(extensions(**{name: off[name]})) == {"efficient_attn._C", "efficient_attn._host"}
+
+
+def test_a_native_build_finds_the_toolkit_behind_a_script_called_nvcc(tmp_path):
+    toolkit = tmp_path / "toolkit"
+    nvcc = tmp_path / "home" / "bin" / "nvcc"
+    for folder in (toolkit / "bin", nvcc.parent):
+        folder.mkdir(parents=True)
+    nvcc.write_text(f"#!/bin/sh\necho '#$ TOP={toolkit}/bin/..' >&2\n")
+    nvcc.chmod(0o755)
+    libraries = extensions(CUDA_HOME=str(tmp_path / "home"))["efficient_attn._C_cuda"]
+    assert str(toolkit / "lib64") in libraries
 
 
 def test_every_dependency_is_pinned_for_development():
