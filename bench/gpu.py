@@ -17,6 +17,7 @@ import torch
 from bench.ceilings import measure_ceilings, measure_gather
 from bench.environment import ROOT, clocks, describe, without_paths
 from bench.measure import clock_for
+from bench.planning import measure_planning
 from bench.plot import draw
 from bench.providers import Provider
 from bench.report import ResultsFile, read_records
@@ -37,6 +38,7 @@ _FIRST_STAGES = (
     ("gather bandwidth", 0.0),
     ("tests", TEST_SECONDS),
     ("substituted log-sum-exp", 0.0),
+    ("planning of estimates", 5.0),
 )
 _LAST_STAGE = ("clocks", 0.0)
 # Kept back for the figures.
@@ -143,6 +145,14 @@ def run_everything(
         def substituted_lse(left: float) -> None:
             for record in probe(device):
                 results.write(record)
+            free_memory()
+
+        def planning(left: float) -> None:
+            for record in measure_planning(device, clock_for(device)):
+                results.write(record)
+            free_memory()
+
+        def free_memory() -> None:
             # The workloads need the memory, and they run in another process.
             if device == "cuda":
                 torch.cuda.empty_cache()
@@ -159,7 +169,7 @@ def run_everything(
         def last_clocks(left: float) -> None:
             results.write({"kind": "clocks", "clocks": clocks()})
 
-        steps = (environment, ceilings, gather, tests, substituted_lse)
+        steps = (environment, ceilings, gather, tests, substituted_lse, planning)
         jobs = [
             *(Job(*stage, step) for stage, step in zip(_FIRST_STAGES, steps, strict=True)),
             *map(job_of, ranked),

@@ -77,11 +77,11 @@ def _implementations(op: str, machine: dict) -> dict[str, list[dict]]:
     no_gpu = None if machine["cuda"] else "torch sees no CUDA device"
     no_triton = None if importlib.util.find_spec("triton") else "triton is not installed"
     first = "native (csrc/cpu)" if op in _CPU_OPS else "torch's flash op, where it fits"
-    absent = _native_is_absent("native") if op in _CPU_OPS else None
+    absent = _native_is_absent(op, "cpu") if op in _CPU_OPS else None
     cpu = [_entry(first, absent), _entry("portable", None)]
     cuda = []
     if op in _CUDA_OPS:
-        absent = _native_is_absent("cuda") or (f"built, but {no_gpu}" if no_gpu else None)
+        absent = _native_is_absent(op, "cuda") or (f"built, but {no_gpu}" if no_gpu else None)
         cuda.append(_entry("native (csrc/cuda), where it fits", absent))
     if op in _WITHOUT_TRITON:
         cuda.append(_entry("portable", no_gpu))
@@ -99,13 +99,12 @@ def _entry(name: str, reason: str | None) -> dict:
     return {"name": name, "answers": reason is None, "reason": reason}
 
 
-def _native_is_absent(kind: str) -> str | None:
-    """Why the kernels of ``ops.native`` or ``ops.cuda`` cannot be used, or None."""
+def _native_is_absent(op: str, device: str) -> str | None:
     try:
-        from efficient_attn import ops
+        from efficient_attn.ops import cuda, native
     except ImportError as error:
         return f"efficient_attn cannot be imported: {error}"
-    return getattr(ops, kind).status()
+    return native.status() if device == "cpu" else cuda.status(op)
 
 
 if __name__ == "__main__":

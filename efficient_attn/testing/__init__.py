@@ -2,5 +2,6 @@
 
 from efficient_attn.testing.factories import head_maps, qkv
 from efficient_attn.testing.tolerance import assert_accurate
+from efficient_attn.testing.without import without_native_kernels
 
-__all__ = ["assert_accurate", "head_maps", "qkv"]
+__all__ = ["assert_accurate", "head_maps", "qkv", "without_native_kernels"]

@@ -110,9 +110,12 @@ def test_everything_on_a_cpu_as_stand_in(tmp_path, monkeypatch):
     failed = [r for r in records if r["kind"] == "job" and r["status"] != "done"]
     assert not failed
     kinds = [record["kind"] for record in records if record["kind"] != "job"]
-    before = ["environment", "ceilings", "gather", "tests", "substituted_lse"]
+    before = ["environment", "ceilings", "gather", "tests", "substituted_lse", *["planning"] * 4]
     assert kinds == [*before, "result", "result", "clocks"]
     assert all(r["gather_bytes_per_second"] > 0 for r in records if r["kind"] == "gather")
+    plans = [record for record in records if record["kind"] == "planning"]
+    assert all(min(plan["seconds"], plan["portable_seconds"]) > 0 for plan in plans)
+    assert set(plans[0]["kernels"]) == {"lsh_codes", "segment_order"}
     assert (tmp_path / "out" / "ratio.png").exists()
 
 
