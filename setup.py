@@ -18,7 +18,8 @@ from setuptools import Extension, setup
 HERE = Path(__file__).parent
 # Tensors cross through torch's stable ABI alone; this is the oldest torch the binary loads into.
 TORCH_TARGET = "0x020a000000000000"
-CUDA_ARCHITECTURES = "8.0;9.0a"
+# Newer devices compile what is written for the first when they load it.
+CUDA_ARCHITECTURES = "8.0+PTX;9.0a"
 GIGABYTES_PER_JOB = 2
 
 

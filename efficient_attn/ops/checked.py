@@ -75,7 +75,7 @@ class CheckedKernel:
             self._refuse(f"failed: {error}")
             return False
         if wrong:
-            self._refuse("computes a small sample wrongly")
+            self._refuse("computes a small sample wrongly on this device, which is worth a report")
             return False
         self._trusted_on.add(device)
         return True
@@ -91,8 +91,8 @@ class CheckedKernel:
         self.refusal = reason
         self.remove()
         warnings.warn(
-            f"The native kernel of {self.candidate.name} {reason.rstrip('.')}. It is not used any "
-            "more; what answers instead is slower, but right. Please report this.",
+            f"The native kernel of {self.candidate.name} {reason.rstrip('.')}. From now on what it "
+            "has replaced answers, as it did this call.",
             RuntimeWarning,
             stacklevel=2,
         )
