@@ -81,6 +81,7 @@ EA_DEVICE void sort_tile(const SegmentSort& sort, const SortTile& tile, const in
     const uint32_t same = lanes_with(bin);
     const int earlier = popcount(same & ((1u << lane()) - 1));
     const int32_t place = is_row ? segment_start + places[bin] + earlier : 0;
+    // Votes and shuffles do not order what lanes read and write.
     sync_warp();
     if (is_row && earlier == 0) places[bin] += popcount(same);
     sync_warp();

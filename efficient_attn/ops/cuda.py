@@ -130,7 +130,10 @@ def activate() -> None:
 def _load() -> str | None:
     """Load the library; returns why it cannot be used, or ``None``."""
     if not LIBRARY.exists():
-        return "not built; it takes nvcc, then as for the CPU kernels"
+        return (
+            "not built; where nvcc is found, run `make clean native` in a checkout, or install "
+            "with EFFICIENT_ATTN_BUILD_NATIVE=1 and --no-build-isolation"
+        )
     if native.status() is not None:
         return f"the CPU kernels, which belong to it, cannot be used: {native.status()}"
     torch.ops.load_library(LIBRARY)
