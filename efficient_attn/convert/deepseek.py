@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from efficient_attn.convert.attention_weights import LatentAttentionWeights
-from efficient_attn.convert.rope import default_frequencies
 from efficient_attn.errors import ConversionError
 
 LATENT_EPS = 1e-6
@@ -275,49 +274,4 @@ def deepseek_config(
         "routed_scaling_factor": 1.0,
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
-    }
-
-
-def is_plain_table(frequencies: Tensor, theta: float) -> bool:
-    """Whether a rotary table is ``theta ** (-2 i / d_r)``, to the bits of fp32."""
-    table = frequencies.float()
-    return torch.equal(table, default_frequencies(2 * len(table), theta))
-
-
-def rotary_settings(frequencies: Tensor, theta: float, length: int) -> dict[str, object]:
-    """Settings from which transformers computes a rotary table.
-
-    Any table can be had from longrope, which divides the plain one by given factors. They are
-    chosen so that what transformers computes in fp32 is as near as fp32 allows: nearly always the
-    same bits, never more than one unit in the last place away.
-
-    Args:
-        frequencies: ``(d_r / 2,)``.
-        theta: Base of the plain table.
-        length: ``max_position_embeddings``; longrope keeps one table up to it and beyond.
-    """
-    if is_plain_table(frequencies, theta):
-        return {"rope_type": "default", "rope_theta": theta}
-    wanted = frequencies.float()
-    dim = 2 * len(wanted)
-    powers = theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
-    best = 1.0 / (wanted * powers)
-    up = down = best
-    for _ in range(4):
-        up = torch.nextafter(up, torch.full_like(up, torch.inf))
-        down = torch.nextafter(down, torch.zeros_like(down))
-        for candidate in (up, down):
-            nearer = (1.0 / (candidate * powers) - wanted).abs() < (
-                1.0 / (best * powers) - wanted
-            ).abs()
-            best = torch.where(nearer, candidate, best)
-    factors = best.clamp(max=torch.finfo(torch.float32).max).tolist()  # a frequency may be 0
-    return {
-        "rope_type": "longrope",
-        "rope_theta": theta,
-        "factor": 1.0,
-        "attention_factor": 1.0,
-        "original_max_position_embeddings": length,
-        "short_factor": factors,
-        "long_factor": factors,
     }

@@ -38,7 +38,7 @@ from efficient_attn.convert.source import Source
 from efficient_attn.errors import ConversionError
 
 # What a layer may have of an even share, where layers are given different sizes.
-SHARES = (0.5, 0.75, 1.0, 1.5, 2.0)
+SHARES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 
 
 class CompressedLayers:

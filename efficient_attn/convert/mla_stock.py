@@ -11,19 +11,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from efficient_attn.convert.attention_weights import LatentAttentionWeights
-from efficient_attn.convert.deepseek import DeepseekFormat, deepseek_config, rotary_settings
+from efficient_attn.convert.deepseek import DeepseekFormat, deepseek_config
 from efficient_attn.convert.golden import check_files
 from efficient_attn.convert.mla_targets import Layers, NativeTarget
 from efficient_attn.convert.pipeline import Checks, Part
-from efficient_attn.convert.rope import default_frequencies, yarn
 from efficient_attn.convert.source import Source
+from efficient_attn.convert.stock_rope import NEAR_YARN, PLAIN, engine_rope, rotary_settings
 
 # What decode kernels of engines are built for: latent and rotary width.
 ENGINE_SIZES = ((512, 64), (256, 64))
-# Rotary scalings that are the plain table, at least up to a length.
-PLAIN = ("default", "dynamic")
-# Those that a yarn comes near to, and what they call its fast and slow bounds.
-NEAR_YARN = {"llama3": ("high_freq_factor", "low_freq_factor"), "yarn": ("beta_fast", "beta_slow")}
 
 
 class DeepseekTarget(NativeTarget):
@@ -228,34 +224,6 @@ def filled_up(weights: LatentAttentionWeights, rank: int) -> LatentAttentionWeig
         latent_down_bias=None if bias is None else rows(bias),
         latent_up=pad(weights.latent_up, (0, rank - own)),
     )
-
-
-def engine_rope(source: Source, rope_dim: int) -> tuple[dict[str, object], Tensor]:
-    """Rotary settings that engines and transformers understand alike, and the table they make.
-
-    Engines know the plain table and a yarn of DeepSeek's. Llama 3's blend between slow and fast
-    pairs is a yarn whose bounds are its wavelengths, but for some pairs between.
-    """
-    rope, kind = source.rope, source.rope["rope_type"]
-    if kind not in NEAR_YARN:
-        settings = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
-        return settings, default_frequencies(rope_dim, rope["rope_theta"])
-    fast, slow = NEAR_YARN[kind]
-    longest = source.config["max_position_embeddings"]
-    context = rope["original_max_position_embeddings"]
-    settings = {
-        "rope_type": "yarn",
-        "rope_theta": rope["rope_theta"],
-        "factor": rope.get("factor") or longest / context,
-        "original_max_position_embeddings": context,
-        "beta_fast": rope.get(fast) or 32,
-        "beta_slow": rope.get(slow) or 1,
-        # Scores are scaled by the queries, and by nothing else.
-        "attention_factor": 1.0,
-        "mscale": 0,
-        "mscale_all_dim": 0,
-    }
-    return settings, yarn(settings, rope_dim, longest)[0]
 
 
 TARGETS: dict[str, type[NativeTarget]] = {

@@ -21,7 +21,7 @@ from efficient_attn.convert.pipeline import Checks, Part
 from efficient_attn.convert.source import Source
 
 # What Python and torch take before anything is done.
-LIBRARIES = 300_000_000
+LIBRARIES = 400_000_000
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from efficient_attn.convert.mla_stock import (
     TARGETS,
     DeepseekTarget,
     EngineTarget,
-    engine_rope,
 )
 from efficient_attn.convert.mla_targets import FactoredTarget, MlaSizes, NativeTarget
 from efficient_attn.convert.pipeline import Conversion, Part
 from efficient_attn.convert.source import FLOATING, Source
+from efficient_attn.convert.stock_rope import engine_rope
 from efficient_attn.errors import ConversionError
 
 AnyLayers = LosslessLayers | FactoredLayers | CompressedLayers

@@ -1,6 +1,8 @@
 """The commands around conversion, and how they end."""
 
+import hashlib
 import json
+import math
 import re
 import shutil
 
@@ -144,13 +146,21 @@ def test_compress_is_fitted_to_one_text_and_measured_on_another(source, made, tm
     calib, text = made.parent / "text.txt", tmp_path / "other.txt"
     text.write_text("n m l k a b c d " * 100)
     options = ["--mode", "compress", "--kv-ratio", 0.5, "--calib", calib, "--calib-tokens", 128]
-    for choices in ([], ["--paper", "--fold", 2], ["--sequential", "--weigh-tokens"]):
-        sizes = ["--kv-lora-rank", 8, "--rope-dim", 4] if "--paper" in choices else []
-        own = [o for o in options if not sizes or o not in ("--kv-ratio", 0.5)]
-        out = tmp_path / f"out{len(choices)}"
+    for choices in (["--fold", "auto"], ["--paper"], ["--sequential", "--weigh-tokens"]):
+        out = tmp_path / f"out-{choices[0]}"
         verified = ["--text", text, "--text-tokens", 128]
-        shown = run("convert", "mla", source, out, *own, *sizes, *choices, *verified)
+        shown = run("convert", "mla", source, out, *options, *choices, *verified)
         assert "output_error" in shown and "perplexity ratio" in shown
+        told = json.loads((out / "conversion.json").read_text())["identity"]["decisions"]
+        assert told["choices"]["metric"] == ("balanced" if "--paper" in choices else "output")
+    levers = ["--rotation", "real", "--metric", "plain", "--no-center", "--calib-length", 64]
+    run("convert", "mla", source, tmp_path / "levers", *options, *levers)
+    told = json.loads((tmp_path / "levers" / "conversion.json").read_text())
+    chosen = told["identity"]["decisions"]["choices"]
+    assert (chosen["rotation"], chosen["metric"], chosen["center"]) == ("real", "plain", False)
+    assert "--fold" in run(
+        "convert", "mla", source, tmp_path / "o", *options, "--fold", "x", code=2
+    )
     out = tmp_path / "out"
     assert "nothing was fitted" in run(
         "convert", "mla", source, out, *options, "--text", calib, code=2
@@ -159,3 +169,47 @@ def test_compress_is_fitted_to_one_text_and_measured_on_another(source, made, tm
     assert "asked for" in run("convert", "mla", source, out, *options, code=2)
     assert "dry" not in run("convert", "mla", source, out, *options, "--dry-run")
     assert not out.exists()
+
+
+def test_a_full_report_tells_where_what_is_lost_is_lost(source, made, tmp_path):
+    text, report = tmp_path / "other.txt", tmp_path / "r.json"
+    text.write_text("n m l k a b c d " * 100)
+    options = ["--mode", "compress", "--kv-ratio", 0.5, "--calib", made.parent / "text.txt"]
+    options += ["--calib-tokens", 128, "--text", text, "--text-tokens", 128, "--report", report]
+    shown = run("convert", "mla", source, tmp_path / "out", *options, "--verify", "full")
+    # A model for 64 positions has no longer ones.
+    assert "of 64 tokens" in shown
+    told = json.loads(report.read_text())
+    assert told["text"]["sha256"] == hashlib.sha256(text.read_bytes()).hexdigest()
+    assert told["verification"]["long_tokens"] == 64 and told["verification"]["long"]["mean_kl"] > 0
+    added, ratio = told["added_nats"], told["verification"]["perplexity_ratio"]
+    assert sum(added.values()) == pytest.approx(math.log(ratio))
+    by_turning = told["losses"]["turned in part"] - told["losses"]["source"]
+    assert added["by turning less"] == by_turning
+    assert told["verification"]["perplexity_before"] == pytest.approx(
+        math.exp(told["losses"]["source"]), rel=1e-4
+    )
+    assert set(told["seconds"]) == {"converting", "verifying"}
+    page = report.with_suffix(".md").read_text()
+    assert "nats per token added" in page and "(r.png)" in page
+    assert report.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+    shown = run("convert", "mla", source, tmp_path / "none", *options[:8], "--verify", "none")
+    assert "perplexity ratio" not in shown
+    shown = run("verify", source, tmp_path / "out", "--text", text, "--verify", "full")
+    assert "of 64 tokens" in shown
+    wrong = ["--verify", "half"]
+    assert "quick" in run("convert", "mla", source, tmp_path / "no", *options, *wrong, code=2)
+    bounded = ["--max-kl", 1, "--verify", "none"]
+    assert "--text" in run("convert", "mla", source, tmp_path / "no", *options, *bounded, code=2)
+
+
+def test_a_budget_that_does_not_fit_ends_in_one_line(source, tmp_path):
+    for options, words in (
+        (["--max-memory", 0.01], "max_memory is 0.01"),
+        (["--kv-budget", 100], "mode 'compress'"),
+        (["--device", "tpu", "--calib", source / "config.json", "--calib-tokens", 4], "tpu"),
+        (["--allow-rope-approx"], "is for target 'engine'"),
+    ):
+        assert words in run("convert", "mla", source, tmp_path / "out", *options, code=2)
+        assert not (tmp_path / "out").exists()

@@ -17,9 +17,9 @@ from efficient_attn.convert.deepseek import (
     LATENT_EPS,
     TOLERATED,
     DeepseekFormat,
-    rotary_settings,
 )
 from efficient_attn.convert.rope import default_frequencies
+from efficient_attn.convert.stock_rope import rotary_settings
 
 WIDTH, HEADS, RANK, ROPE, NOPE, VALUE = 64, 3, 24, 8, 5, 6
 TABLE = default_frequencies(ROPE, 10000.0)

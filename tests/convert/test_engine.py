@@ -183,8 +183,8 @@ def test_a_scaled_table_becomes_the_nearest_of_engines_if_that_is_allowed(
 
 def test_a_yarn_is_llama3_but_for_a_few_pairs():
     """At the sizes of Llama 3.1: 3 of its 32 pairs lie in the blend, which is shaped otherwise."""
-    from efficient_attn.convert.mla_stock import engine_rope
     from efficient_attn.convert.rope import llama3
+    from efficient_attn.convert.stock_rope import engine_rope
 
     rope = {**LLAMA3, "rope_theta": 500000.0, "original_max_position_embeddings": 8192}
     source = SimpleNamespace(rope=rope, config={"max_position_embeddings": 131072})
