@@ -29,6 +29,8 @@ from efficient_attn.convert.mla import (
     shared_table,
     turning_gains,
 )
+from efficient_attn.convert.mla.sizes import SHARES, sizes_by_layer
+from efficient_attn.convert.mla_output import refit_output
 from efficient_attn.convert.source import Source
 from efficient_attn.integrations.converted import replace_attention
 
@@ -54,7 +56,9 @@ LEVERS = {
     "not refined": {"refine": 0},
     "refined twice as long": {"refine": 16},
     "neither refined nor refitted": {"refine": 0, "refit": False},
+    "output not refitted": {"refit_output": False},
 }
+PER_LAYER = "sizes for each layer"
 # From TransMLA's choices to the default, one after the other.
 LADDER = {
     "TransMLA, but the worst to lose stay turned": {"selection": "cost"},
@@ -63,6 +67,7 @@ LADDER = {
     ".. and what is not turned shrinks to its mean": {"shrink": True},
     ".. and what reads the cache is regressed": {"refit": True},
     ".. and the cache on what reads it, in turns": {"refine": DEFAULT.refine},
+    ".. and the output on what heads bring": {"refit_output": True},
 }
 
 
@@ -109,22 +114,44 @@ class Specimen:
             self.texts[name] = Text(name, ids, token_losses(self.model, ids))
 
     def convert(
-        self, numbers: int, rope_dim: int, options: CompressOptions, table: Tensor | None = None
+        self,
+        numbers: int,
+        rope_dim: int,
+        options: CompressOptions,
+        table: Tensor | None = None,
+        sizes: Sequence[tuple[int, int]] | None = None,
     ) -> tuple[list[LatentAttentionWeights], float]:
-        """All layers with so many cached numbers, and the sum of their expected errors."""
-        made = [
-            compress(
+        """All layers with so many cached numbers, and the sum of their expected errors.
+
+        Layers may have ``sizes`` of their own, numbers and how many of them are turned.
+        """
+        made, error = [], 0.0
+        sizes = [(numbers, rope_dim)] * len(self.layers) if sizes is None else sizes
+        layers = zip(self.layers, self.moments, self.inputs, sizes, strict=True)
+        for weights, moments, inputs, (count, turned) in layers:
+            found = compress(
                 weights,
                 moments,
-                kv_lora_rank=rank_beside(weights, numbers, rope_dim),
-                rope_dim=rope_dim,
+                kv_lora_rank=rank_beside(weights, count, turned),
+                rope_dim=turned,
                 options=options,
                 frequencies=table,
             )
+            error += found.key_error + found.value_error
+            fitted = found.weights
+            if options.refit_output:
+                fitted = refit_output(fitted, weights, inputs, bias=options.output_bias)
+            made.append(fitted)
+        return made, error
+
+    def sizes(self, numbers: int, options: CompressOptions) -> list[tuple[int, int]]:
+        """Numbers of each layer, as many altogether, and how many of them are turned."""
+        shares = sorted({min(int(share * numbers), self.numbers) for share in SHARES})
+        curves = [
+            {n: error_curve(weights, moments, n, options) for n in shares}
             for weights, moments in zip(self.layers, self.moments, strict=True)
         ]
-        error = sum(layer.key_error + layer.value_error for layer in made)
-        return [layer.weights for layer in made], error
+        return sizes_by_layer(curves, options.fold, numbers * len(self.layers))
 
     def rope_dim(self, numbers: int, options: CompressOptions, table=None) -> int:
         """How many of the numbers to turn."""
@@ -170,6 +197,7 @@ class Specimen:
             self.model(batch, use_cache=False)
         for hook in hooks:
             hook.remove()
+        self.inputs = inputs
         return [calibrate(w, each) for w, each in zip(self.layers, inputs, strict=True)]
 
 
@@ -226,6 +254,10 @@ def measure(
             for name, options in moved.get(part, {}).items() if numbers in PLACES else ():
                 made = specimen.convert(numbers, chosen, options)
                 record(name, part, numbers, chosen, made, held_out)
+        if "lever" in parts and numbers in PLACES:
+            sizes = specimen.sizes(numbers, DEFAULT)
+            made = specimen.convert(numbers, chosen, DEFAULT, sizes=sizes)
+            record(PER_LAYER, "lever", numbers, None, made, held_out, sizes=sizes)
 
 
 def _ladder() -> dict[str, CompressOptions]:

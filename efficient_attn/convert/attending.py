@@ -43,7 +43,13 @@ def grouped_attention(weights: GroupedAttentionWeights, x: Tensor) -> Tensor:
 
 
 def latent_attention(weights: LatentAttentionWeights, x: Tensor) -> Tensor:
-    """The same of a converted layer, its latent expanded to heads."""
+    """The same of a converted layer."""
+    out = latent_heads(weights, x)
+    return F.linear(out, weights.output.to(x.dtype), _bias(weights.output_bias, x))
+
+
+def latent_heads(weights: LatentAttentionWeights, x: Tensor) -> Tensor:
+    """What enters its output projection, ``(N, H d_v)``, its latent expanded to heads."""
     heads, nope, rope = weights.num_heads, weights.qk_nope_head_dim, weights.qk_rope_head_dim
     if weights.source is None:
         seen = x if weights.query_down is None else x @ weights.query_down.to(x.dtype).mT
@@ -61,8 +67,7 @@ def latent_attention(weights: LatentAttentionWeights, x: Tensor) -> Tensor:
     query, query_rope = query.split((nope, rope), -1)
     key_rope = _turned_neighbours(key_rope[None], weights).expand(heads, -1, -1)
     query = torch.cat((query, _turned_neighbours(query_rope, weights)), -1)
-    out = _attended(weights, query, torch.cat((key, key_rope), -1), value)
-    return F.linear(out, weights.output.to(x.dtype), _bias(weights.output_bias, x))
+    return _attended(weights, query, torch.cat((key, key_rope), -1), value)
 
 
 def _attended(

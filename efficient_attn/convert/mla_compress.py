@@ -25,20 +25,19 @@ from efficient_attn.convert.mla import (
     with_query_latent,
 )
 from efficient_attn.convert.mla.sizes import (
+    SHARES,
     best_choice,
     candidates,
-    divide,
     error_curve,
     rank_beside,
     shared_table,
+    sizes_by_layer,
     turning_gains,
 )
+from efficient_attn.convert.mla_output import refit_output
 from efficient_attn.convert.mla_targets import MlaSizes
 from efficient_attn.convert.source import Source
 from efficient_attn.errors import ConversionError
-
-# What a layer may have of an even share, where layers are given different sizes.
-SHARES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 
 
 class CompressedLayers:
@@ -90,7 +89,8 @@ class CompressedLayers:
             rope_dim = found[len(found) // 2][1]
         self._settle_on([(numbers, rope_dim)] * source.num_layers)
         biases = source.family.biases(source.config)
-        self.output_bias = biases[2] or biases[3] or (options.center and options.output_bias)
+        may_have = options.output_bias and (options.center or options.refit_output)
+        self.output_bias = biases[2] or biases[3] or may_have
 
     def settle(self, flow: Activations, *, one_table: bool, progress: bool = False) -> None:
         """Choose sizes, the fold, and maybe one table, as far as they are open.
@@ -127,7 +127,7 @@ class CompressedLayers:
             self.options = replace(self.options, fold=fold)
             sizes = [(self.numbers, rope_dim)] * self.source.num_layers
         if self.per_layer:
-            sizes = _divided(curves, fold, self.numbers * self.source.num_layers)
+            sizes = sizes_by_layer(curves, fold, self.numbers * self.source.num_layers)
         if one_table and self.options.selection != "grid":
             count = sizes[0][1] // 2
             self._prescribed = shared_table(gains, self.source.inverse_frequencies, count)
@@ -202,12 +202,15 @@ class CompressedLayers:
                 options=self.options,
                 frequencies=self._prescribed,
             )
-            if self.q_lora_rank is None:
-                return found
-            query = with_query_latent(found.weights, weights, self.q_lora_rank, moments.inputs)
-            return replace(found, weights=query)
+            made = found.weights
+            if self.q_lora_rank is not None:
+                made = with_query_latent(made, weights, self.q_lora_rank, moments.inputs)
         except ValueError as error:
             raise ConversionError(str(error)) from error
+        if self.options.refit_output:
+            bias, device = self.output_bias, self.flow.device
+            made = refit_output(made, weights, self.flow.inputs(), bias=bias, device=device)
+        return replace(found, weights=made)
 
     def _turned_in_part(
         self, weights: GroupedAttentionWeights, moments: LayerMoments
@@ -263,16 +266,3 @@ class CompressedLayers:
     def _stride(self, rope_dim: int) -> int:
         pairs = len(self.source.inverse_frequencies)
         return max(1, pairs // max(1, rope_dim // 2))
-
-
-def _divided(
-    curves: list[dict[int, dict[tuple[int, int], float]]], fold: int, total: int
-) -> list[tuple[int, int]]:
-    """Numbers of each layer, and how many of them are turned, for one fold."""
-
-    def best_of(curve: dict[tuple[int, int], float]) -> tuple[float, int]:
-        return min((error, width) for (f, width), error in curve.items() if f == fold)
-
-    best = [{n: best_of(curve) for n, curve in layer.items()} for layer in curves]
-    taken = divide([{n: error for n, (error, _) in layer.items()} for layer in best], total)
-    return [(n, layer[n][1]) for n, layer in zip(taken, best, strict=True)]

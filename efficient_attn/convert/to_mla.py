@@ -223,7 +223,8 @@ def _source_numbers(source: Source) -> int:
 
 def _memory_of_moments(source: Source) -> int:
     width, rows = source.config["hidden_size"], _source_numbers(source)
-    return 8 * (2 * width**2 + 12 * rows**2)
+    heads = source.config["num_attention_heads"] * source.config["head_dim"]
+    return 8 * (2 * width**2 + 12 * rows**2 + 3 * heads**2)
 
 
 def _devices(options: MlaOptions) -> list[int]:

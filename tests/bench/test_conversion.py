@@ -47,7 +47,7 @@ def test_records_fill_the_tables_and_the_figure(monkeypatch):
     measure(records.append, budgets=(16,), rows=2, length=32, calibration_rows=4)
     budgets, levers = conversion_rows(records)
     assert [row[0] for row in budgets[1][1:]] == ["16"]
-    assert len(levers[1]) == 4
+    assert len(levers[1]) == 5  # and sizes for each layer
     assert all(cell for row in (*budgets[1], *levers[1]) for cell in row)
     assert len(conversion_figure(records).axes) == 1
     assert conversion_rows(records[:1]) == [] and conversion_figure(records[:1]) is None

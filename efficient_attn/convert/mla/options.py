@@ -28,6 +28,7 @@ class CompressOptions:
             values go to the output's bias where ``output_bias`` allows.
         refit: Read keys and values from the cache by regression, for each head on its own.
         refine: Rounds of regressing what is cached on how it is read, and back.
+        refit_output: Regress the output projection, too, on what heads then bring it.
         damping: Share of the mean variance that is added to every variance of a regression.
         output_bias: Whether the target has a bias on the output.
         weigh_tokens: Weigh calibration tokens by the loss of the model on them.
@@ -42,6 +43,7 @@ class CompressOptions:
     center: bool = True
     refit: bool = True
     refine: int = 8
+    refit_output: bool = True
     damping: float = 1e-6
     output_bias: bool = True
     weigh_tokens: bool = False
@@ -80,6 +82,7 @@ class CompressOptions:
             center=False,
             refit=False,
             refine=0,
+            refit_output=False,
             output_bias=False,
             weigh_tokens=False,
             sequential=False,

@@ -23,6 +23,8 @@ Choice = TypeVar("Choice", bound=Hashable)
 # Sizes of the turned part that are tried.
 STEPS = 8
 FOLDS = (1, 2, 4, 8, 16)
+# What a layer may have of an even share, where layers are given different sizes.
+SHARES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 
 
 def candidate_folds(weights: GroupedAttentionWeights) -> list[int]:
@@ -166,6 +168,25 @@ def divide(curves: Sequence[Mapping[int, float]], total: int) -> list[int]:
         else:
             full.add(layer)  # its later steps build on this one
     return taken
+
+
+def sizes_by_layer(
+    curves: Sequence[Mapping[int, Mapping[tuple[int, int], float]]], fold: int, total: int
+) -> list[tuple[int, int]]:
+    """Numbers of each layer, and how many of them are turned, for one fold.
+
+    Args:
+        curves: For each layer, by cached numbers, what :func:`error_curve` tells.
+        fold: The fold of all layers.
+        total: Numbers of all layers.
+    """
+
+    def best_of(curve: Mapping[tuple[int, int], float]) -> tuple[float, int]:
+        return min((error, width) for (f, width), error in curve.items() if f == fold)
+
+    best = [{n: best_of(curve) for n, curve in layer.items()} for layer in curves]
+    taken = divide([{n: error for n, (error, _) in layer.items()} for layer in best], total)
+    return [(n, layer[n][1]) for n, layer in zip(taken, best, strict=True)]
 
 
 def rank_beside(weights: GroupedAttentionWeights, numbers: int, rope_dim: int) -> int:
