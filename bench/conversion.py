@@ -11,12 +11,15 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from bench.environment import ROOT
 from bench.runner import Write
+from efficient_attn.convert.activations import Activations
+from efficient_attn.convert.attending import in_fp32, latent_attention
 from efficient_attn.convert.attention_weights import LatentAttentionWeights
 from efficient_attn.convert.checkpoint import Checkpoint
 from efficient_attn.convert.mla import (
@@ -30,7 +33,7 @@ from efficient_attn.convert.mla import (
     turning_gains,
 )
 from efficient_attn.convert.mla.sizes import SHARES, sizes_by_layer
-from efficient_attn.convert.mla_output import refit_output
+from efficient_attn.convert.mla_output import refit_output, wanted_behind
 from efficient_attn.convert.source import Source
 from efficient_attn.integrations.converted import replace_attention
 
@@ -41,6 +44,8 @@ PARTS = ("budget", "ladder", "lever")
 # Those at which every lever is moved: a half, a quarter and an eighth.
 PLACES = (64, 32, 16)
 DEFAULT = CompressOptions()
+# Before the last step, for that takes longest, and moves all of them alike.
+BEFORE = replace(DEFAULT, refit_output=False)
 LEVERS = {
     "real rotation": {"rotation": "real"},
     "unitary rotation": {"rotation": "unitary"},
@@ -56,10 +61,10 @@ LEVERS = {
     "not refined": {"refine": 0},
     "refined twice as long": {"refine": 16},
     "neither refined nor refitted": {"refine": 0, "refit": False},
-    "output not refitted": {"refit_output": False},
 }
 PER_LAYER = "sizes for each layer"
-# From TransMLA's choices to the default, one after the other.
+REACHED = ".. and pairs are mixed by what queries need"
+# From TransMLA's choices to the default, one after the other, but for the last.
 LADDER = {
     "TransMLA, but the worst to lose stay turned": {"selection": "cost"},
     ".. and means are left out": {"center": True, "output_bias": True},
@@ -67,7 +72,7 @@ LADDER = {
     ".. and what is not turned shrinks to its mean": {"shrink": True},
     ".. and what reads the cache is regressed": {"refit": True},
     ".. and the cache on what reads it, in turns": {"refine": DEFAULT.refine},
-    ".. and the output on what heads bring": {"refit_output": True},
+    REACHED: {"rotation": DEFAULT.rotation},
 }
 
 
@@ -96,8 +101,8 @@ class Specimen:
 
         self.model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-        source = Source.open(Checkpoint.open(FOLDER))
-        self.layers = [source.attention(i) for i in range(source.num_layers)]
+        self.source = Source.open(Checkpoint.open(FOLDER))
+        self.layers = [self.source.attention(i) for i in range(self.source.num_layers)]
         self.numbers = 2 * len(self.layers[0].key)
 
         def tokens(split: str, part: slice) -> list[int]:
@@ -105,8 +110,9 @@ class Specimen:
             return [t for text in texts for t in tokenizer(text, verbose=False)["input_ids"]]
 
         # The files of one split by turns: one to calibrate on, one to choose by.
-        calibration = _rows(tokens("calibration", slice(0, None, 2)), calibration_rows, length)
-        self.moments = self._moments(calibration)
+        chosen = tokens("calibration", slice(0, None, 2))
+        self.calibration = _rows(chosen, calibration_rows, length)
+        self.moments = self._moments(self.calibration)
         texts = {"selection": ("calibration", slice(1, None, 2)), "held out": ("test", slice(None))}
         self.texts = {}
         for name, where in texts.items():
@@ -127,8 +133,8 @@ class Specimen:
         """
         made, error = [], 0.0
         sizes = [(numbers, rope_dim)] * len(self.layers) if sizes is None else sizes
-        layers = zip(self.layers, self.moments, self.inputs, sizes, strict=True)
-        for weights, moments, inputs, (count, turned) in layers:
+        flow, behind = (Activations(self.source, self.calibration) for _ in range(2))
+        for weights, moments, (count, turned) in zip(self.layers, self.moments, sizes, strict=True):
             found = compress(
                 weights,
                 moments,
@@ -140,7 +146,10 @@ class Specimen:
             error += found.key_error + found.value_error
             fitted = found.weights
             if options.refit_output:
-                fitted = refit_output(fitted, weights, inputs, bias=options.output_bias)
+                wanted = wanted_behind(flow, behind, weights)
+                fitted = refit_output(fitted, wanted, bias=options.output_bias)
+                flow.advance()
+                behind.advance(partial(latent_attention, in_fp32(fitted)))
             made.append(fitted)
         return made, error
 
@@ -197,7 +206,6 @@ class Specimen:
             self.model(batch, use_cache=False)
         for hook in hooks:
             hook.remove()
-        self.inputs = inputs
         return [calibrate(w, each) for w, each in zip(self.layers, inputs, strict=True)]
 
 
@@ -248,15 +256,15 @@ def measure(
             _best_of_paper(specimen, record, numbers, held_out, selection)
         moved = {
             "ladder": _ladder(),
-            "lever": {k: replace(DEFAULT, **v) for k, v in LEVERS.items()},
+            "lever": {k: replace(BEFORE, **v) for k, v in LEVERS.items()},
         }
         for part in parts:
             for name, options in moved.get(part, {}).items() if numbers in PLACES else ():
                 made = specimen.convert(numbers, chosen, options)
                 record(name, part, numbers, chosen, made, held_out)
         if "lever" in parts and numbers in PLACES:
-            sizes = specimen.sizes(numbers, DEFAULT)
-            made = specimen.convert(numbers, chosen, DEFAULT, sizes=sizes)
+            sizes = specimen.sizes(numbers, BEFORE)
+            made = specimen.convert(numbers, chosen, BEFORE, sizes=sizes)
             record(PER_LAYER, "lever", numbers, None, made, held_out, sizes=sizes)
 
 

@@ -16,6 +16,10 @@ DRAWN = (
     ("TransMLA", "TransMLA at its best", "#9a9a9a"),
 )
 
+LABELS = {"default": ".. and the output on what heads bring behind converted layers: the default"}
+# How levers are told, which are moved before the last step.
+WITHOUT = "default without that last step, but"
+
 
 def conversion_rows(records: list[dict]) -> list[tuple[str, list[tuple[str, ...]]]]:
     """A heading and rows, the first of which names the columns, for each table."""
@@ -42,7 +46,7 @@ def conversion_rows(records: list[dict]) -> list[tuple[str, list[tuple[str, ...]
         )
         rows = [("choices", *(f"{p} numbers" for p in places))]
         for name in (*ladder, "default", *levers):
-            told = f"default, but {name}" if name in levers else name
+            told = f"{WITHOUT} {name}" if name in levers else LABELS.get(name, name)
             rows.append((told, *(_cell(by_name.get((name, p))) for p in places)))
         tables.append(("Perplexity on held-out text, sizes as the default has them", rows))
     return tables

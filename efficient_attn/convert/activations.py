@@ -100,6 +100,11 @@ class Activations:
         """What the first row ``(N, D)`` brings to the attention of the layer, on the CPU."""
         return next(self.inputs())[0].cpu()
 
+    def states(self) -> Iterator[Tensor]:
+        """Batches ``(B, N, D)`` of the hidden states before the current layer."""
+        for states in self._states.split(self.batch):
+            yield states.to(self.device)
+
     def inputs(self) -> Iterator[Tensor]:
         """Batches ``(B, N, D)`` of what enters the attention of the current layer."""
         norm = self._tensors(self.layer, ["input_layernorm.weight"])["input_layernorm.weight"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -34,7 +33,7 @@ from efficient_attn.convert.mla.sizes import (
     sizes_by_layer,
     turning_gains,
 )
-from efficient_attn.convert.mla_output import refit_output
+from efficient_attn.convert.mla_output import refit_output, wanted_behind
 from efficient_attn.convert.mla_targets import MlaSizes
 from efficient_attn.convert.source import Source
 from efficient_attn.errors import ConversionError
@@ -77,6 +76,8 @@ class CompressedLayers:
         self.attended = attended
         self.open = rope_dim is None or options.fold is None or per_layer
         self.flow: Activations | None = None
+        # What flows behind converted layers, where something is fitted to that.
+        self.behind: Activations | None = None
         self._rope_dim = rope_dim
         self._token_weights: Tensor | None = None
         self._prescribed = table
@@ -101,6 +102,8 @@ class CompressedLayers:
             progress: Show a progress bar.
         """
         self.flow = flow
+        if self.options.sequential or self.options.refit_output:
+            self.behind = Activations(self.source, flow.rows, device=flow.device)
         if self.options.weigh_tokens:
             self._token_weights = flow.losses()
             flow.restart()
@@ -114,7 +117,7 @@ class CompressedLayers:
         layers = range(self.source.num_layers)
         for index in tqdm(layers, unit="layer", desc="choosing", disable=not progress):
             weights = self.source.attention(index)
-            moments = self._moments(weights)
+            moments = self._moments(weights, flow)
             if self.open:
                 curves.append({n: self._curve(weights, moments, n, one_table) for n in numbers})
             gains.append(turning_gains(weights, moments))
@@ -143,43 +146,39 @@ class CompressedLayers:
         """
         if self.flow.layer > index:
             self.flow.restart()
+            if self.behind is not None:
+                self.behind.restart()
         while self.flow.layer < index:
-            found = self._current()[2] if self.options.sequential else None
-            self._advance(found)
+            self._advance(None if self.behind is None else self._current()[2])
         weights, moments, found = self._current()
         notes = {"key_error": found.key_error, "value_error": found.value_error}
         notes |= self._errors(weights, moments, found)
-        self._advance(found if self.options.sequential else None)
+        self._advance(found)
         return found.weights, notes
 
     def turned_in_part(self, index: int) -> LatentAttentionWeights:
         """A layer that turns as little as the compressed one, and keeps everything else."""
         self.flow.go_to(index)
         weights = self.source.attention(index)
-        return self._turned_in_part(weights, self._moments(weights))
+        return self._turned_in_part(weights, self._moments(weights, self.flow))
 
     def _current(self) -> tuple[GroupedAttentionWeights, LayerMoments, Compressed]:
         weights = self.source.attention(self.flow.layer)
-        moments = self._moments(weights)
+        moments = self._moments(weights, self.behind if self.options.sequential else self.flow)
         return weights, moments, self._compress(weights, moments)
 
     def _advance(self, found: Compressed | None) -> None:
-        self.flow.advance(
-            None
-            if found is None
-            else partial(latent_attention, in_fp32(found.weights, self.flow.device))
-        )
+        self.flow.advance()
+        if self.behind is not None:
+            weights = in_fp32(found.weights, self.behind.device)
+            self.behind.advance(partial(latent_attention, weights))
 
-    def _moments(self, weights: GroupedAttentionWeights) -> LayerMoments:
-        device = self.flow.device
-        return calibrate(in_fp32(weights), self._inputs(), attended=self.attended, device=device)
-
-    def _inputs(self) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
-        if self._token_weights is None:
-            yield from self.flow.inputs()
-        else:
-            batches = self._token_weights.split(self.flow.batch)
-            yield from zip(self.flow.inputs(), batches, strict=True)
+    def _moments(self, weights: GroupedAttentionWeights, flow: Activations) -> LayerMoments:
+        inputs = flow.inputs()
+        if self._token_weights is not None:
+            inputs = zip(inputs, self._token_weights.split(flow.batch), strict=True)
+        options = {"attended": self.attended, "device": flow.device}
+        return calibrate(in_fp32(weights), inputs, **options)
 
     def _curve(
         self,
@@ -209,7 +208,8 @@ class CompressedLayers:
             raise ConversionError(str(error)) from error
         if self.options.refit_output:
             bias, device = self.output_bias, self.flow.device
-            made = refit_output(made, weights, self.flow.inputs(), bias=bias, device=device)
+            wanted = wanted_behind(self.flow, self.behind, weights)
+            made = refit_output(made, wanted, bias=bias, device=device)
         return replace(found, weights=made)
 
     def _turned_in_part(

@@ -28,7 +28,8 @@ class CompressOptions:
             values go to the output's bias where ``output_bias`` allows.
         refit: Read keys and values from the cache by regression, for each head on its own.
         refine: Rounds of regressing what is cached on how it is read, and back.
-        refit_output: Regress the output projection, too, on what heads then bring it.
+        refit_output: Regress the output projection on what heads bring it behind converted layers,
+            so that hidden states come near to those of the source. For whole models only.
         damping: Share of the mean variance that is added to every variance of a regression.
         output_bias: Whether the target has a bias on the output.
         weigh_tokens: Weigh calibration tokens by the loss of the model on them.
