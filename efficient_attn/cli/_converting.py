@@ -22,22 +22,56 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from efficient_attn.convert.report import ConversionReport
+    from efficient_attn.integrations.encoder_verification import EncoderVerification
     from efficient_attn.integrations.verification import Verification
 
 console = Console()
 
 VERIFY = ("none", "quick", "full")
+# Tokens in a row of text for an encoder.
+ENCODER_LENGTH = 128
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """On what text an output is verified, how thoroughly, and what it must hold to."""
+    """On what an output is verified, how thoroughly, and what it must hold to.
+
+    Attributes:
+        text: A text; for a vision transformer, images.
+        text_tokens: How many tokens of it.
+        max_kl: Bound on the mean divergence of a decoder's logits.
+        max_ppl_ratio: Bound on the ratio of its perplexities.
+        verify: One of :data:`VERIFY`.
+        min_cosine: Bound on the mean cosine of an encoder's embeddings.
+    """
 
     text: Path | None
     text_tokens: int
     max_kl: float | None
     max_ppl_ratio: float | None
     verify: str = "quick"
+    min_cosine: float | None = None
+
+    @property
+    def given(self) -> dict[str, float]:
+        """Those that are given, by name."""
+        names = ("max_kl", "max_ppl_ratio", "min_cosine")
+        return {name: v for name in names if (v := getattr(self, name)) is not None}
+
+    def check(self, src: Path) -> None:
+        """Exit with 2 where a bound means nothing, before anything is computed."""
+        if self.verify not in VERIFY:
+            fail(f"--verify is {self.verify!r}; take one of {', '.join(VERIFY)}.")
+        if self.given and (self.text is None or self.verify == "none"):
+            fail("--max-kl, --max-ppl-ratio and --min-cosine are measured on a text: pass --text.")
+        if not self.given:
+            return
+        with errors_in_one_line():
+            encodes = _is_encoder(src)
+        if encodes and "min_cosine" not in self.given or encodes and len(self.given) > 1:
+            fail("--max-kl and --max-ppl-ratio are of decoders; for an encoder pass --min-cosine.")
+        if not encodes and self.min_cosine is not None:
+            fail("--min-cosine is of encoders; for a decoder pass --max-kl or --max-ppl-ratio.")
 
 
 def carry_out(
@@ -53,10 +87,8 @@ def carry_out(
 
     Exits with 1 if a bound is exceeded, and with 2 if nothing was converted.
     """
-    text, bounded = bounds.text, (bounds.max_kl, bounds.max_ppl_ratio) != (None, None)
-    _check(bounds.verify)
-    if bounded and (text is None or bounds.verify == "none"):
-        fail("--max-kl and --max-ppl-ratio are measured on a text: pass --text FILE.")
+    bounds.check(src)
+    text = bounds.text
     calib = options.get("calib")
     if text is not None and calib is not None and _same(text, calib):
         fail("--text is the text of --calib; measure on one that nothing was fitted to.")
@@ -65,60 +97,79 @@ def carry_out(
     verifies = text is not None and bounds.verify != "none" and not flags["dry_run"]
     seconds, start = {}, time.perf_counter()
     with errors_in_one_line():
-        if verifies and bounds.verify == "full" and calib is not None:
-            options = {**options, "held_out": _rows(src, text, bounds.text_tokens)}
+        if verifies and bounds.verify == "full" and calib is not None and not _is_encoder(src):
+            options = {**options, "held_out": _rows(src, bounds)}
         found = convert(src, dst, to, progress=True, **flags, **options)
     seconds["converting"] = time.perf_counter() - start
     console.print(Markdown(found.markdown()))
     verification = None
     if verifies:
         start = time.perf_counter()
-        verification = verified(src, dst, text, bounds.text_tokens, bounds.verify)
+        verification = verified(src, dst, bounds)
         seconds["verifying"] = time.perf_counter() - start
     write_report(report, found, verification, text, seconds)
     if verification is not None:
-        hold_to_bounds(verification, bounds.max_kl, bounds.max_ppl_ratio)
+        hold_to_bounds(verification, bounds)
 
 
 def _same(one: Path, other: Path) -> bool:
+    if one.is_dir() and other.is_dir():
+        return one.samefile(other)
     return one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False)
 
 
-def verified(src: Path, dst: Path, text: Path, tokens: int, verify: str) -> Verification:
-    """Compare two checkpoints on a text, and show what was found."""
-    _check(verify)
+def verified(src: Path, dst: Path, bounds: Bounds) -> Verification | EncoderVerification:
+    """Compare two checkpoints on a text or on images, and show what was found."""
     with errors_in_one_line():
         try:
+            from efficient_attn.integrations.encoder_verification import verify_encoders
             from efficient_attn.integrations.verification import LONG, verify_folders
         except ImportError as error:
             fail(f"verifying needs transformers ({error}): pip install 'efficient_attn[hf]'.")
+        from efficient_attn.convert.converting import read_inputs
         from efficient_attn.convert.pipeline import open_source
         from efficient_attn.convert.text import rows_of_text
 
-        long_row = None
-        if verify == "full":
-            length = min(LONG, open_source(src).config["max_position_embeddings"])
-            long_row = rows_of_text(src, text, tokens=length, length=length)
-        rows = _rows(src, text, tokens)
-        found = verify_folders(src, dst, rows, long_row=long_row, dtype="auto", progress=True)
+        if _is_encoder(src):
+            inputs = (bounds.text, bounds.text_tokens, ENCODER_LENGTH)
+            found = verify_encoders(
+                src, dst, read_inputs(src, open_source(src), *inputs), progress=True
+            )
+        else:
+            long_row = None
+            if bounds.verify == "full":
+                length = min(LONG, open_source(src).config["max_position_embeddings"])
+                long_row = rows_of_text(src, bounds.text, tokens=length, length=length)
+            rows = _rows(src, bounds)
+            found = verify_folders(src, dst, rows, long_row=long_row, dtype="auto", progress=True)
     console.print(Markdown(found.markdown()))
     return found
 
 
-def _rows(src: Path, text: Path, tokens: int) -> Tensor:
+def _rows(src: Path, bounds: Bounds) -> Tensor:
     from efficient_attn.convert.text import rows_of_text
 
-    return rows_of_text(src, text, tokens=tokens, length=min(512, tokens))
+    tokens = bounds.text_tokens
+    return rows_of_text(src, bounds.text, tokens=tokens, length=min(512, tokens))
 
 
-def _check(verify: str) -> None:
-    if verify not in VERIFY:
-        fail(f"--verify is {verify!r}; take one of {', '.join(VERIFY)}.")
+def _is_encoder(folder: Path) -> bool:
+    from efficient_attn.convert.checkpoint import Checkpoint
+    from efficient_attn.convert.encoder_configs import is_encoder
+
+    return is_encoder(Checkpoint.open(folder).config)
 
 
-def hold_to_bounds(found: Verification, max_kl: float | None, max_ppl_ratio: float | None) -> None:
+def text_or_images(text: Path | None, images: Path | None) -> Path | None:
+    """The one that is given."""
+    if text is not None and images is not None:
+        fail("pass --text or --images, whichever the model takes, not both.")
+    return images if text is None else text
+
+
+def hold_to_bounds(found: Verification | EncoderVerification, bounds: Bounds) -> None:
     """Exit with 1 where a bound is exceeded."""
-    broken = found.comparison.broken_bounds(max_kl=max_kl, max_ppl_ratio=max_ppl_ratio)
+    broken = found.broken_bounds(**bounds.given)
     if broken:
         console.print(f"{'; '.join(broken)}.", style="red", markup=False)
         raise typer.Exit(1)
@@ -127,7 +178,7 @@ def hold_to_bounds(found: Verification, max_kl: float | None, max_ppl_ratio: flo
 def write_report(
     path: Path | None,
     report: ConversionReport | None,
-    verification: Verification | None,
+    verification: Verification | EncoderVerification | None,
     text: Path | None,
     seconds: dict[str, float],
 ) -> None:
@@ -143,9 +194,10 @@ def write_report(
         pages.append(f"![What each layer lost]({path.with_suffix('.png').name})\n")
     if verification is not None:
         told["verification"] = verification.as_dict()
-        told["text"] = {"sha256": file_digest(text), "tokens": verification.comparison.tokens}
         pages.append(f"# Verification\n\n{verification.markdown()}")
-        pages.append(f"Text with SHA-256 {told['text']['sha256']}.\n")
+        if text.is_file():
+            told["text"] = {"sha256": file_digest(text), "tokens": verification.tokens}
+            pages.append(f"Given a file with SHA-256 {told['text']['sha256']}.\n")
         if report is not None and report.losses:
             told["added_nats"] = _added_nats(report.losses, verification)
             from efficient_attn.convert.report import table

@@ -8,7 +8,13 @@ from typing import Annotated
 
 import typer
 
-from efficient_attn.cli._converting import Bounds, carry_out, errors_in_one_line, fail
+from efficient_attn.cli._converting import (
+    Bounds,
+    carry_out,
+    errors_in_one_line,
+    fail,
+    text_or_images,
+)
 
 app = typer.Typer(help="Convert the attention of a checkpoint.", no_args_is_help=True)
 
@@ -42,7 +48,17 @@ Verify = Annotated[
 Text = Annotated[
     Path | None, typer.Option(help="A text to verify the output on; not one used in choosing it.")
 ]
-Tokens = Annotated[int, typer.Option(help="Tokens of the text to verify on.", min=2)]
+Images = Annotated[
+    Path | None,
+    typer.Option(help="For a ViT: a folder of images, or an .npy file, to verify the output on."),
+]
+Tokens = Annotated[
+    int, typer.Option(help="Tokens of the text, or of the images, to verify on.", min=2)
+]
+MinCosine = Annotated[
+    float | None,
+    typer.Option(help="Fail if embeddings of an encoder are less alike; with --text or --images."),
+]
 MaxKl = Annotated[
     float | None, typer.Option(help="Fail if the mean KL divergence is above this; with --text.")
 ]
@@ -197,7 +213,8 @@ def gqa(
         str, typer.Option(help="What is shared: mean, first, norm, aligned, svd or fitted.")
     ] = "fitted",
     calib: Annotated[
-        Path | None, typer.Option(help="A text to fit heads to; keep it apart from --text.")
+        Path | None,
+        typer.Option(help="A text, or images, to fit heads to; keep it apart from --text."),
     ] = None,
     calib_tokens: CalibTokens = 65536,
     calib_length: CalibLength = 512,
@@ -212,11 +229,13 @@ def gqa(
     report: Report = None,
     verify: Verify = "quick",
     text: Text = None,
+    images: Images = None,
     text_tokens: Tokens = 16384,
     max_kl: MaxKl = None,
     max_ppl_ratio: MaxPplRatio = None,
+    min_cosine: MinCosine = None,
 ) -> None:
-    """To fewer key and value heads (GQA), which stock classes load where groups are even."""
+    """To fewer key and value heads (GQA): of decoders, BERT, and ViT of transformers or timm."""
     carry_out(
         src,
         dst,
@@ -236,7 +255,9 @@ def gqa(
             "shard_size": shard_size,
         },
         report,
-        Bounds(text, text_tokens, max_kl, max_ppl_ratio, verify),
+        Bounds(
+            text_or_images(text, images), text_tokens, max_kl, max_ppl_ratio, verify, min_cosine
+        ),
     )
 
 

@@ -27,7 +27,9 @@ def inspect(
     console = Console()
     console.print(_facts(source))
     table = Table("conversion", "target", "possible without loss")
-    for target, reasons in verdicts(source).items():
+    if not source.family.causal:
+        table.add_row("gqa", "native", "with as many heads")
+    for target, reasons in verdicts(source).items() if source.family.causal else ():
         table.add_row("mla", target, "no: " + "; ".join(reasons) if reasons else "yes")
     console.print(table)
 
@@ -38,18 +40,23 @@ def _facts(source: Source) -> Table:
     element = source.dtype.itemsize
     windows = sorted({str(source.window(i)) for i in range(source.num_layers)} - {"None"})
     biases = zip(("query", "key", "value", "output"), source.family.biases(config), strict=True)
+    kept = "cached bytes per token"
+    if not source.family.causal:
+        kept = "keys and values, bytes per token"
     rows = {
         "family": config["model_type"],
         "layers": source.num_layers,
         "width": config["hidden_size"],
         "heads": f"{config['num_attention_heads']} query, {groups} key and value, of {dim}",
-        "rotary": f"{source.rope['rope_type']}, base {source.rope['rope_theta']:g}",
+        "rotary": f"{source.rope['rope_type']}, base {source.rope['rope_theta']:g}"
+        if source.rope
+        else "none",
         "window": ", ".join(windows) or "none",
         "biases": ", ".join(name for name, there in biases if there) or "none",
         "norms on heads": "yes" if source.family.query_norm else "no",
         "dtype": str(source.dtype).removeprefix("torch."),
         "parameters": f"{source.parameters:,}",
-        "cached bytes per token": f"{2 * groups * dim * element * source.num_layers:,}",
+        kept: f"{2 * groups * dim * element * source.num_layers:,}",
     }
     table = Table("", "", show_header=False)
     for name, fact in rows.items():

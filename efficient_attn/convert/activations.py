@@ -6,33 +6,21 @@ they are read, whatever library the model is used with. Hidden states lie in a t
 
 from __future__ import annotations
 
-import hashlib
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from efficient_attn.convert.attending import grouped_attention, in_fp32
+from efficient_attn.convert.hidden_states import ACTIVATIONS, HiddenStates, check_tokens
 from efficient_attn.convert.source import Source
-from efficient_attn.errors import ConversionError
 
-# As transformers names them.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-}
 Attend = Callable[[Tensor], Tensor]
-DEVICES = ("cpu", "cuda")
 
 
-class Activations:
+class Activations(HiddenStates):
     """The hidden states of calibration tokens, moved through a model layer by layer, in fp32.
 
     Args:
@@ -49,56 +37,8 @@ class Activations:
     def __init__(
         self, source: Source, rows: Tensor, *, batch: int = 4, device: str = "cpu"
     ) -> None:
-        if device not in DEVICES or (device == "cuda" and not torch.cuda.is_available()):
-            raise ConversionError(
-                f"device is {device!r}; take one of {', '.join(DEVICES)}, and cuda only where "
-                "torch has one."
-            )
-        if rows.dim() != 2 or not rows.numel():
-            raise ConversionError(
-                f"calibration tokens have shape {tuple(rows.shape)}; they must be (rows, tokens)."
-            )
-        vocabulary = source.config["vocab_size"]
-        if not bool(((rows >= 0) & (rows < vocabulary)).all()):
-            raise ConversionError(f"calibration tokens lie outside of the {vocabulary} known ones.")
-        if source.config["hidden_act"] not in ACTIVATIONS:
-            raise ConversionError(
-                f"hidden_act is {source.config['hidden_act']!r}; calibration knows "
-                f"{', '.join(ACTIVATIONS)}."
-            )
-        self.source = source
-        self.rows = rows
-        self.batch = batch
-        self.device = device
-        self.layer = 0
-        self._folder = tempfile.TemporaryDirectory(prefix="activations-")
-        count = rows.numel() * source.config["hidden_size"]
-        states = torch.from_file(
-            str(Path(self._folder.name) / "states"), shared=True, size=count, dtype=torch.float32
-        )
-        self._states = states.view(*rows.shape, -1)
-        self._embed()
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the tokens."""
-        return hashlib.sha256(str(self.rows.tolist()).encode()).hexdigest()
-
-    def restart(self) -> None:
-        """Back to the first layer."""
-        self.layer = 0
-        self._embed()
-
-    def go_to(self, layer: int) -> None:
-        """On to a layer, or back to one, with the source's own layers before it."""
-        if self.layer > layer:
-            self.restart()
-        while self.layer < layer:
-            self.advance()
-
-    def first_input(self) -> Tensor:
-        """What the first row ``(N, D)`` brings to the attention of the layer, on the CPU."""
-        return next(self.inputs())[0].cpu()
+        check_tokens(rows, source.config["vocab_size"])
+        super().__init__(source, rows, rows.shape[1], batch, device)
 
     def states(self) -> Iterator[Tensor]:
         """Batches ``(B, N, D)`` of the hidden states before the current layer."""
@@ -121,10 +61,7 @@ class Activations:
         if attend is None:
             weights = in_fp32(self.source.attention(self.layer), self.device)
             attend = partial(grouped_attention, weights)
-        prefix = self.source.family.layers.format(self.layer)
-        tensors = self._tensors(
-            self.layer, [n.removeprefix(prefix) for n in self.source.other_names(self.layer)]
-        )
+        tensors = self._others()
         for kept in self._states.split(self.batch):
             states = kept.to(self.device)
             x = self._normalised(states, tensors["input_layernorm.weight"])
@@ -143,24 +80,18 @@ class Activations:
             self.source.checkpoint.read([name])[name].to(self.device, torch.float32)
             for name in names
         )
-        found = torch.zeros(self.rows.shape)
+        found = torch.zeros(self.given.shape)
         for i, states in enumerate(self._states):
             logits = self._normalised(states[:-1].to(self.device), norm) @ head.T
-            following = self.rows[i, 1:].to(self.device)
+            following = self.given[i, 1:].to(self.device)
             found[i, 1:] = F.cross_entropy(logits, following, reduction="none")
         return found
 
     def _embed(self) -> None:
         name = "model.embed_tokens.weight"
         table = self.source.checkpoint.read([name])[name]
-        for states, rows in zip(self._states, self.rows, strict=True):
+        for states, rows in zip(self._states, self.given, strict=True):
             states.copy_(table[rows])
-
-    def _tensors(self, layer: int, names: list[str]) -> dict[str, Tensor]:
-        prefix = self.source.family.layers.format(layer)
-        found = self.source.checkpoint.read([prefix + name for name in names])
-        options = {"device": self.device, "dtype": torch.float32}
-        return {name.removeprefix(prefix): x.to(**options) for name, x in found.items()}
 
     def _normalised(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], weight, self.source.config["rms_norm_eps"])

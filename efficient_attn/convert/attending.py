@@ -30,7 +30,7 @@ def in_fp32(weights: Weights, device: torch.device | str = "cpu") -> Weights:
 
 
 def grouped_attention(weights: GroupedAttentionWeights, x: Tensor) -> Tensor:
-    """Causal attention of one sequence ``(N, D)``, through the output projection.
+    """Attention of one sequence ``(N, D)``, through the output projection.
 
     The order of operations is that of the models: projections, norms on heads, rotation, softmax.
     """
@@ -79,7 +79,8 @@ def _attended(
 ) -> Tensor:
     """Heads side by side, ``(N, H d)``."""
     tokens = query.shape[1]
-    order: dict[str, object] = {"is_causal": True}
+    is_causal = not isinstance(weights, GroupedAttentionWeights) or weights.causal
+    order: dict[str, object] = {"is_causal": is_causal}
     if weights.window is not None and weights.window < tokens:
         at = torch.arange(tokens, device=query.device)
         distance = at[:, None] - at

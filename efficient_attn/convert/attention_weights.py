@@ -38,6 +38,7 @@ class GroupedAttentionWeights:
         rotary_scale: Factor on every rotated query and key (yarn's attention factor).
         scale: Factor on every score.
         window: Keys that a query sees, itself included; None for all before it.
+        causal: Whether a query sees itself and what is before it alone.
     """
 
     query: Tensor
@@ -57,6 +58,7 @@ class GroupedAttentionWeights:
     norm_eps: float = 1e-6
     rotary_scale: float = 1.0
     window: int | None = None
+    causal: bool = True
 
     @property
     def head_dim(self) -> int:

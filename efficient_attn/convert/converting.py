@@ -10,8 +10,12 @@ from torch import Tensor
 
 from efficient_attn.convert import to_diffqkv, to_gqa, to_mla
 from efficient_attn.convert.activations import Activations
+from efficient_attn.convert.encoder_activations import EncoderActivations
+from efficient_attn.convert.hidden_states import HiddenStates
+from efficient_attn.convert.images import pixels_of_images
 from efficient_attn.convert.pipeline import Conversion, check_apart, open_source, run
 from efficient_attn.convert.report import ConversionReport
+from efficient_attn.convert.source import Source
 from efficient_attn.convert.text import rows_of_text
 from efficient_attn.convert.writer import check_destination
 from efficient_attn.errors import ConversionError
@@ -26,16 +30,18 @@ class Method:
             makes calibration tokens flow, ``dry_run`` and ``progress``.
         options: The options that it takes.
         calibrates: Whether it may be fitted to a text.
+        encoders: Whether it knows them, beside decoders.
     """
 
     plan: Callable[..., Conversion]
     options: type
     calibrates: bool = False
+    encoders: bool = False
 
 
 METHODS = {
     "diffqkv": Method(to_diffqkv.plan, to_diffqkv.DiffQKVOptions),
-    "gqa": Method(to_gqa.plan, to_gqa.GqaOptions, calibrates=True),
+    "gqa": Method(to_gqa.plan, to_gqa.GqaOptions, calibrates=True, encoders=True),
     "mla": Method(to_mla.plan, to_mla.MlaOptions, calibrates=True),
 }
 # Tokens in a row of calibration text.
@@ -64,12 +70,14 @@ def convert(
 
     Args:
         src: A folder with ``config.json`` and safetensors, of a family that
-            :data:`efficient_attn.convert.families.FAMILIES` knows.
+            :data:`efficient_attn.convert.families.FAMILIES` knows; for ``to="gqa"`` also a BERT, or
+            a vision transformer of transformers or timm.
         dst: Folder of the output. It appears when all of it is there.
         to: What to convert to: ``"mla"``, ``"gqa"`` or ``"diffqkv"``.
-        calib: What a lossy conversion is fitted to: a file of text, or rows of tokens ``(B, N)``.
-            Measure the result on another text.
-        calib_tokens: How many tokens of the file to use.
+        calib: What a lossy conversion is fitted to: a file of text, or rows of tokens ``(B, N)``;
+            for a vision transformer a folder of images, an ``.npy`` file, or pixel values
+            ``(B, C, H, W)``. Measure the result on something else.
+        calib_tokens: How many tokens to use. An image is one for each patch and one more.
         calib_length: How many of them in a row: as far back as attention is seen to look.
         held_out: A text of its own, or rows of tokens, to tell on how much of what ``"mla"`` loses
             in mode ``"compress"`` is lost by turning less, and how much by caching less. Takes as
@@ -107,19 +115,25 @@ def convert(
     if shard_size is not None and shard_size <= 0:
         raise ValueError(f"shard_size is {shard_size} GB; it must be above 0.")
     source = open_source(src)
+    if not source.family.causal and not method.encoders:
+        known = (name for name, each in METHODS.items() if each.encoders)
+        raise ConversionError(
+            f"{source.config['model_type']!r} is an encoder, which nothing is cached of; it is "
+            f"converted to {' or '.join(known)}, not to {to}."
+        )
     check_apart(source, Path(dst))
     if not dry_run and not resume:
         # At once, rather than after calibration.
         check_destination(Path(dst), resume=resume, force=force)
 
-    def rows(text: str | Path | Tensor) -> Tensor:
-        if isinstance(text, Tensor):
-            return text
-        length = min(calib_length, calib_tokens)
-        return rows_of_text(src, text, tokens=calib_tokens, length=length)
+    def rows(given: str | Path | Tensor) -> Tensor:
+        if isinstance(given, Tensor):
+            return given
+        return read_inputs(src, source, given, calib_tokens, calib_length)
 
-    def flow() -> Activations:
-        return Activations(source, rows(calib), device=device)
+    def flow() -> HiddenStates:
+        kind = Activations if source.family.causal else EncoderActivations
+        return kind(source, rows(calib), device=device)
 
     def planned(*, dry_run: bool) -> Conversion:
         if not method.calibrates:
@@ -145,6 +159,32 @@ def convert(
     if measured is None or conversion.less_turned is None:
         return report
     return replace(report, losses=conversion.less_turned(measured))
+
+
+def read_inputs(
+    folder: str | Path, source: Source, given: str | Path, tokens: int, length: int
+) -> Tensor:
+    """So many tokens of a text, or of images, as a model takes them.
+
+    Args:
+        folder: The model's, with its tokenizer or what it says of images.
+        source: The model.
+        given: A file of text; a folder of images or an ``.npy`` file.
+        tokens: How many at most.
+        length: Tokens of a row of text.
+
+    Raises:
+        ConversionError: There are not so many, or they cannot be read.
+    """
+    config = source.config
+    if "image_size" in config:
+        most = max(1, tokens // (1 + config["patches"]))
+        return pixels_of_images(folder, config, given, most=most)
+    length = min(length, tokens)
+    if source.family.causal:
+        return rows_of_text(folder, given, tokens=tokens, length=length)
+    length = min(length, config["max_position_embeddings"])
+    return rows_of_text(folder, given, tokens=tokens, length=length, ends=True)
 
 
 def _refuse_memory(conversion: Conversion, most: float) -> None:

@@ -1,70 +1,13 @@
-"""The families of models that are converted: names, shapes and facts of their checkpoints.
+"""The families of decoders that are converted: names, shapes and facts of their checkpoints.
 
-A family says in data where a checkpoint of it keeps its attention. Another one that stores separate
-projections, a bidirectional encoder for example, is another entry.
+A family says in data where a checkpoint of it keeps its attention. Encoders are in
+:mod:`efficient_attn.convert.encoder_families`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-
+from efficient_attn.convert.family import Config, Family
 from efficient_attn.errors import ConversionError
-
-Config = Mapping[str, object]
-
-
-@dataclass(frozen=True)
-class Family:
-    """How the checkpoints of one family are laid out.
-
-    Attributes:
-        defaults: What a config that leaves these keys out means.
-        query: Name of the query projection in a layer; so ``key``, ``value`` and ``output``.
-        query_norm: Name of the norm on query heads in a layer, or None; so ``key_norm``.
-        layers: Name of a layer, with its number to be filled in.
-        biases: Which of the four projections have biases.
-        window: Keys that a query of a layer sees, itself included, or None for all before it.
-        others: Shapes of the other tensors of a layer.
-        outside: Shapes of the tensors outside of layers.
-        default_theta: Rotary base where the config names none.
-        ignored: Endings of names of tensors that mean nothing.
-    """
-
-    defaults: Config
-    biases: Callable[[Config], tuple[bool, bool, bool, bool]]
-    window: Callable[[Config, int], int | None]
-    others: Callable[[Config], dict[str, tuple[int, ...]]]
-    outside: Callable[[Config], dict[str, tuple[int, ...]]]
-    layers: str = "model.layers.{}."
-    query: str = "self_attn.q_proj"
-    key: str = "self_attn.k_proj"
-    value: str = "self_attn.v_proj"
-    output: str = "self_attn.o_proj"
-    query_norm: str | None = None
-    key_norm: str | None = None
-    default_theta: float = 10000.0
-    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
-
-    def attention_shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
-        """Shapes of the attention tensors of a layer, by their names in it."""
-        width, dim = config["hidden_size"], config["head_dim"]
-        queries, keys = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
-        shapes = {
-            self.query: (queries, width),
-            self.key: (keys, width),
-            self.value: (keys, width),
-            self.output: (width, queries),
-        }
-        found: dict[str, tuple[int, ...]] = {}
-        for (name, shape), has_bias in zip(shapes.items(), self.biases(config), strict=True):
-            found[f"{name}.weight"] = shape
-            if has_bias:
-                found[f"{name}.bias"] = shape[:1]
-        for norm in (self.query_norm, self.key_norm):
-            if norm is not None:
-                found[f"{norm}.weight"] = (dim,)
-        return found
 
 
 def _decoder_outside(config: Config) -> dict[str, tuple[int, ...]]:

@@ -36,16 +36,19 @@ class Output:
 
     def embedding(self) -> Part:
         """What comes before the layers."""
-        return self._others(["model.embed_tokens.weight"]), {}
+        return self._others(self._embedding_names()), {}
 
     def head(self) -> Part:
         """What comes after them."""
-        return self._others(self.source.outside_names()[1:]), {}
+        return self._others(self.source.outside_names()[self.source.family.before :]), {}
+
+    def _embedding_names(self) -> list[str]:
+        return self.source.outside_names()[: self.source.family.before]
 
     def _embedding_bytes(self) -> int:
         """Of the embedding, read and written."""
-        config = self.source.config
-        numbers = config["vocab_size"] * config["hidden_size"]
+        tensors = self.source.checkpoint.tensors
+        numbers = sum(tensors[name].numel for name in self._embedding_names())
         return numbers * (self.dtype.itemsize + self.source.dtype.itemsize)
 
     def _others(self, names: list[str]) -> dict[str, Tensor]:

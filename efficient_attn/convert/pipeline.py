@@ -58,7 +58,7 @@ class Conversion:
         parts: For each part of the output, in order, what computes its tensors and what is to be
             noted of them.
         config: Makes ``config.json`` from the notes of all parts.
-        bytes_per_token: Cached bytes per token of all layers, before and after.
+        bytes_per_token: Bytes of keys and values of a token in all layers, before and after.
         parameters: Number of parameters, before and after.
         output_bytes: Bytes that all parts take, about.
         memory_bytes: Memory that the largest part takes while it is made, about.
@@ -69,6 +69,7 @@ class Conversion:
             and from its config, if there are any.
         less_turned: From rows of tokens to losses, in nats per token, of the source and of the
             model that turns as few channels as the output and keeps everything else.
+        cached: Whether keys and values are cached; an encoder's are not.
     """
 
     method: str
@@ -83,6 +84,7 @@ class Conversion:
     warnings: list[str] = field(default_factory=list)
     checks: Checks | None = None
     less_turned: Callable[[Tensor], dict[str, float]] | None = None
+    cached: bool = True
 
 
 def run(

@@ -19,7 +19,8 @@ class ConversionReport:
 
     Attributes:
         identity: Version, digest of the source, method and decisions: equal ones give equal bytes.
-        bytes_per_token: Cached bytes per token of all layers, ``before`` and ``after``.
+        bytes_per_token: Bytes of keys and values of a token in all layers, ``before`` and
+            ``after``.
         parameters: Number of parameters, ``before`` and ``after``.
         output_bytes: Size of the weights, about.
         memory_bytes: Memory that converting takes at most, about.
@@ -31,6 +32,7 @@ class ConversionReport:
         losses: On held-out text, in nats per token: of the ``source``, and of the model ``turned in
             part``, whose channels turn as they do after conversion, everything being kept.
         warnings: What a user should know before using the output.
+        cached: Whether keys and values are cached; an encoder's are not.
     """
 
     identity: dict
@@ -44,6 +46,7 @@ class ConversionReport:
     layers: list[dict] = field(default_factory=list)
     losses: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    cached: bool = True
 
     @classmethod
     def of(
@@ -81,7 +84,10 @@ class ConversionReport:
         lines += table(
             ("", "before", "after", "ratio"),
             [
-                _compared("cached bytes per token", self.bytes_per_token),
+                _compared(
+                    "cached bytes per token" if self.cached else "keys and values, bytes per token",
+                    self.bytes_per_token,
+                ),
                 _compared("parameters", self.parameters),
             ],
         )
@@ -128,6 +134,7 @@ def _figures(conversion: Conversion) -> dict[str, object]:
         "memory_bytes": conversion.memory_bytes,
         "parallel": {devices: list(pair) for devices, pair in conversion.parallel.items()},
         "warnings": list(conversion.warnings),
+        "cached": conversion.cached,
     }
 
 

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from efficient_attn.convert.attention_weights import GroupedAttentionWeights
 from efficient_attn.convert.checkpoint import Checkpoint
-from efficient_attn.convert.families import Family, complete, family_of
+from efficient_attn.convert.encoder_configs import encoder_of, is_encoder
+from efficient_attn.convert.families import complete, family_of
+from efficient_attn.convert.family import Family
 from efficient_attn.convert.rope import LENGTH_DEPENDENT, inverse_frequencies, rope_parameters
 from efficient_attn.errors import ConversionError
 
@@ -28,7 +30,7 @@ class Source:
         checkpoint: Its files.
         family: How it is laid out.
         config: Its config, with the family's defaults filled in.
-        rope: Its rotary settings.
+        rope: Its rotary settings; empty if nothing is turned.
         inverse_frequencies: ``(F,)``, after any scaling, fp32.
         rotary_scale: Factor on rotated queries and keys.
     """
@@ -47,12 +49,16 @@ class Source:
         Raises:
             ConversionError: The family is unknown, or tensors are missing, unknown or misshapen.
         """
-        config = complete(checkpoint.config)
-        family = family_of(config)
-        rope = rope_parameters(config, family.default_theta)
-        table, scale = inverse_frequencies(
-            rope, config["head_dim"], config["max_position_embeddings"]
-        )
+        if is_encoder(checkpoint.config):
+            family, config = encoder_of(checkpoint)
+            rope, table, scale = {}, torch.zeros(0), 1.0
+        else:
+            config = complete(checkpoint.config)
+            family = family_of(config)
+            rope = rope_parameters(config, family.default_theta)
+            table, scale = inverse_frequencies(
+                rope, config["head_dim"], config["max_position_embeddings"]
+            )
         source = cls(checkpoint, family, config, rope, table, scale)
         source._check_tensors()
         return source
@@ -68,8 +74,7 @@ class Source:
         told = self.config.get("dtype") or self.config.get("torch_dtype")
         if told in FLOATING:
             return FLOATING[told]
-        name = self.family.layers.format(0) + f"{self.family.key}.weight"
-        return self.checkpoint.tensors[name].dtype
+        return self.checkpoint.tensors[self.attention_names(0)[0]].dtype
 
     @property
     def parameters(self) -> int:
@@ -82,7 +87,7 @@ class Source:
     @property
     def warnings(self) -> list[str]:
         """What a conversion cannot keep whatever its method."""
-        kind = self.rope["rope_type"]
+        kind = self.rope.get("rope_type")
         if kind not in LENGTH_DEPENDENT:
             return []
         return [
@@ -112,8 +117,11 @@ class Source:
         return [prefix + name for name in self.family.others(self.config)]
 
     def outside_names(self) -> list[str]:
-        """Names of the tensors outside of layers."""
-        return list(self.family.outside(self.config))
+        """Names of the tensors outside of layers, those that come before these first."""
+        found, family = self.checkpoint.tensors, self.family
+        optional = [name for name in family.optional(self.config) if name in found]
+        heads = sorted(filter(family.is_head, found))
+        return [*family.outside(self.config), *optional, *heads]
 
     def attention(self, layer: int) -> GroupedAttentionWeights:
         """The attention of a layer, its tensors mapped from the file.
@@ -135,32 +143,25 @@ class Source:
         return self._weights(layer, empty)
 
     def _weights(self, layer: int, tensors: Mapping[str, Tensor]) -> GroupedAttentionWeights:
-        prefix, family, config = self.family.layers.format(layer), self.family, self.config
-
-        def get(name: str | None, kind: str = "weight") -> Tensor | None:
-            return tensors.get(f"{prefix}{name}.{kind}")
-
+        config = self.config
         return GroupedAttentionWeights(
-            query=get(family.query),
-            key=get(family.key),
-            value=get(family.value),
-            output=get(family.output),
-            query_bias=get(family.query, "bias"),
-            key_bias=get(family.key, "bias"),
-            value_bias=get(family.value, "bias"),
-            output_bias=get(family.output, "bias"),
-            query_norm=get(family.query_norm),
-            key_norm=get(family.key_norm),
-            norm_eps=config["rms_norm_eps"],
+            **self.family.read(tensors, self.family.layers.format(layer)),
+            norm_eps=config.get("rms_norm_eps", 1e-6),
             num_heads=config["num_attention_heads"],
             num_kv_heads=config["num_key_value_heads"],
             inverse_frequencies=self.inverse_frequencies,
             rotary_scale=self.rotary_scale,
             scale=config["head_dim"] ** -0.5,
             window=self.window(layer),
+            causal=self.family.causal,
         )
 
     def _check_tensors(self) -> None:
+        if self.num_layers > len(self.checkpoint.tensors):
+            raise ConversionError(
+                f"config.json: num_hidden_layers is {self.num_layers}, and there are "
+                f"{len(self.checkpoint.tensors)} tensors."
+            )
         attention = self.family.attention_shapes(self.config)
         in_layer = {**attention, **self.family.others(self.config)}
         expected = dict(self.family.outside(self.config))
@@ -168,11 +169,15 @@ class Source:
             prefix = self.family.layers.format(layer)
             expected |= {prefix + name: shape for name, shape in in_layer.items()}
         found = self.checkpoint.tensors
+        optional = self.family.optional(self.config)
+        expected |= {name: shape for name, shape in optional.items() if name in found}
         missing = sorted(set(expected) - set(found))
         unknown = sorted(
             name
             for name in set(found) - set(expected)
-            if not name.endswith(self.family.ignored) and name != "lm_head.weight"
+            if not name.endswith(self.family.ignored)
+            and name != "lm_head.weight"
+            and not self.family.is_head(name)
         )
         if missing or unknown:
             told = [
@@ -181,7 +186,7 @@ class Source:
                 if names
             ]
             raise ConversionError(
-                f"the checkpoint {' and '.join(told)}, judged by its config.json: model_type "
+                f"the checkpoint {' and '.join(told)}, judged by its config.json: "
                 f"{self.config['model_type']!r} with {self.num_layers} layers."
             )
         for name, shape in expected.items():

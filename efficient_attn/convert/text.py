@@ -15,7 +15,9 @@ MAX_TOKENIZER_BYTES = 256 << 20
 MAX_TEXT_BYTES = 1 << 30
 
 
-def rows_of_text(folder: str | Path, file: str | Path, *, tokens: int, length: int) -> Tensor:
+def rows_of_text(
+    folder: str | Path, file: str | Path, *, tokens: int, length: int, ends: bool = False
+) -> Tensor:
     """The beginning of a text, cut into rows.
 
     Args:
@@ -23,6 +25,7 @@ def rows_of_text(folder: str | Path, file: str | Path, *, tokens: int, length: i
         file: A text in UTF-8.
         tokens: How many tokens are wanted.
         length: Tokens of a row.
+        ends: Put around each row what the tokenizer puts around a text, as encoders expect.
 
     Returns:
         ``(tokens // length, length)``, int64.
@@ -47,6 +50,13 @@ def rows_of_text(folder: str | Path, file: str | Path, *, tokens: int, length: i
         raise ConversionError(f"{file} is not a text in UTF-8: {error}.") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    around = tokenizer.encode("").ids if ends else []
+    if len(around) not in (0, 2) or len(around) >= length:
+        raise ConversionError(
+            f"the tokenizer puts {len(around)} tokens around a text, and rows have {length}; two "
+            "are expected, with room for others between them."
+        )
+    inner = length - len(around)
     # Three bytes a token is few, so this seldom needs a second go; a long text is not tokenized
     # to its end for the sake of its beginning.
     ids: list[int] = []
@@ -55,9 +65,11 @@ def rows_of_text(folder: str | Path, file: str | Path, *, tokens: int, length: i
         if len(ids) >= tokens:
             break
     count = max(1, tokens // length)
-    if len(ids) < count * length:
+    if len(ids) < count * inner:
         raise ConversionError(
-            f"{file} has {len(ids)} tokens, and {count * length} were asked for; pass a longer "
+            f"{file} has {len(ids)} tokens, and {count * inner} were asked for; pass a longer "
             "text, or ask for fewer."
         )
-    return torch.tensor(ids[: count * length]).view(count, length)
+    rows = torch.tensor(ids[: count * inner]).view(count, inner)
+    edges = [torch.full((count, 1), edge) for edge in around]
+    return torch.cat([edges[0], rows, edges[1]], 1) if edges else rows

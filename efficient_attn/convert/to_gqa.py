@@ -1,4 +1,8 @@
-"""Multi-head and grouped-query attention to fewer key and value heads, in a checkpoint."""
+"""Multi-head and grouped-query attention to fewer key and value heads, in a checkpoint.
+
+Decoders with even groups are written as their own class reads them. Encoders have no class that
+reads fewer key heads, so all of their groups are written down as uneven ones are.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from torch import Tensor
 
-from efficient_attn.convert.activations import Activations
 from efficient_attn.convert.attending import grouped_attention, in_fp32
 from efficient_attn.convert.attention_weights import GroupedAttentionWeights
 from efficient_attn.convert.gqa import GroupedLayer, InputMoments, group_layer
 from efficient_attn.convert.gqa.grouping import check_grouping
+from efficient_attn.convert.hidden_states import HiddenStates
 from efficient_attn.convert.native import FORMAT
 from efficient_attn.convert.output import Output
 from efficient_attn.convert.pipeline import Conversion, Part
@@ -56,7 +59,7 @@ def grouped_record(groups: Mapping[str, list[int]]) -> dict[str, object]:
 def plan(
     source: Source,
     options: GqaOptions,
-    flow: Callable[[], Activations] | None = None,
+    flow: Callable[[], HiddenStates] | None = None,
     *,
     dry_run: bool = False,
     progress: bool = False,
@@ -87,7 +90,12 @@ def plan(
     if options.num_kv_heads < count:
         warnings.append("sharing heads changes the model; measure it, and train it a little.")
         if flow is None:
-            warnings.append("no text was given to fit to (calib), so weights alone decide.")
+            warnings.append("nothing was given to fit to (calib), so weights alone decide.")
+        if not source.family.causal:
+            warnings.append(
+                "no stock class has fewer key heads: load the output by load_grouped of "
+                "efficient_attn.integrations.grouped_checkpoints."
+            )
     return Conversion(
         method="gqa",
         decisions={
@@ -109,9 +117,10 @@ def plan(
                 int(2 * max(1, heads / n) * dim * layers * kind.itemsize)
                 for heads, kind in ((count, source.dtype), (options.num_kv_heads, dtype))
             )
-            for n in (1, 2, 4, 8)
+            for n in ((1, 2, 4, 8) if source.family.causal else ())
         },
         warnings=warnings,
+        cached=source.family.causal,
     )
 
 
@@ -123,7 +132,7 @@ class _Written(Output):
         source: Source,
         options: GqaOptions,
         dtype: torch.dtype,
-        flow: Activations | None,
+        flow: HiddenStates | None,
     ) -> None:
         super().__init__(source, dtype)
         self.options = options
@@ -147,29 +156,29 @@ class _Written(Output):
         }
         if self.flow is not None:
             notes["output_error"] = self._output_error(weights, grouped)
-        names = dict(
-            zip(self.source.attention_names(index), self._tensors(grouped.weights), strict=True)
-        )
+        names = self.source.family.written(grouped.weights, self.source.family.layers.format(index))
         tensors = {name: x.to(self.dtype).contiguous() for name, x in names.items()}
         return tensors | self._others(self.source.other_names(index)), notes
 
     def config(self, notes: Mapping[str, dict]) -> dict[str, object]:
-        prefix, name = self.source.family.layers, self.source.family.query.rpartition(".")[0]
+        source, wanted = self.source, self.options.num_kv_heads
         groups = {
-            prefix.format(part.removeprefix("layer ")) + name: noted["sizes"]["query_heads"]
+            source.family.layer_name(source.config, int(part.removeprefix("layer "))): sizes
             for part, noted in notes.items()
-            if "sizes" in noted
+            if (sizes := noted.get("sizes", {}).get("query_heads"))
         }
-        told = {
-            **self.source.checkpoint.config,
-            "dtype": self.dtype_name,
-            "efficient_attn": {"conversion": "gqa"},
-        }
+        told = {**source.checkpoint.config, "efficient_attn": {"conversion": "gqa"}}
+        if "model_type" in source.checkpoint.config:
+            told["dtype"] = self.dtype_name
+        if not source.family.causal:
+            # Their classes have as many key heads as query heads, and so refuse what is fewer.
+            same = wanted == source.config["num_key_value_heads"]
+            return told if same else told | {"efficient_attn": grouped_record(groups)}
         if all(len(set(sizes)) == 1 for sizes in groups.values()):
-            return told | {"num_key_value_heads": self.options.num_kv_heads}
+            return told | {"num_key_value_heads": wanted}
         # With the source's number of heads, no stock class finds tensors of the shape it wants.
         return told | {
-            "num_key_value_heads": self.source.config["num_key_value_heads"],
+            "num_key_value_heads": source.config["num_key_value_heads"],
             "efficient_attn": grouped_record(groups),
         }
 
@@ -207,21 +216,6 @@ class _Written(Output):
         truth = grouped_attention(in_fp32(weights), row)
         got = grouped_attention(in_fp32(_written_out(grouped)), row)
         return float((got - truth).norm() / truth.norm().clamp(min=1e-30))
-
-    def _tensors(self, weights: GroupedAttentionWeights) -> list[Tensor]:
-        """In the order of the family's names."""
-        found = []
-        for name, has_bias in zip(
-            ("query", "key", "value", "output"),
-            self.source.family.biases(self.source.config),
-            strict=True,
-        ):
-            found.append(getattr(weights, name))
-            if has_bias:
-                found.append(getattr(weights, f"{name}_bias"))
-        if self.source.family.query_norm is not None:
-            found += [weights.query_norm, weights.key_norm]
-        return found
 
 
 def _written_out(grouped: GroupedLayer) -> GroupedAttentionWeights:

@@ -19,10 +19,12 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from efficient_attn.convert.checkpoint import Checkpoint
+from efficient_attn.convert.encoder_configs import kind_of
+from efficient_attn.convert.encoder_families import TIMM
 from efficient_attn.convert.native import FORMAT
 from efficient_attn.convert.to_gqa import grouped_record
 from efficient_attn.errors import ConversionError
-from efficient_attn.integrations.attention_sites import attention_sites
+from efficient_attn.integrations.timm_checkpoints import load_timm, make_room
 from efficient_attn.integrations.transformers import NAME
 
 __all__ = ["grouped_record", "groups_of", "load_grouped"]
@@ -53,11 +55,11 @@ def groups_of(config: Mapping[str, object]) -> dict[str, list[int]]:
 
 def load_grouped(
     path: str | Path, *, dtype: torch.dtype | str = "auto", **kwargs: object
-) -> PreTrainedModel:
+) -> PreTrainedModel | nn.Module:
     """A saved model whose heads were grouped, as its own class.
 
     Args:
-        path: A folder with ``config.json`` and safetensors.
+        path: A folder with ``config.json`` and safetensors, of transformers or of timm.
         dtype: Of the parameters; by default that of the checkpoint.
         kwargs: For ``from_pretrained`` of transformers, for example ``device_map``.
 
@@ -68,9 +70,10 @@ def load_grouped(
     groups = groups_of(checkpoint.config)
     if not groups:
         raise ConversionError(
-            f"{path} says nothing of groups in its config.json; load it by the classes of "
-            "transformers."
+            f"{path} says nothing of groups in its config.json; load it as any other model."
         )
+    if kind_of(checkpoint.config) == TIMM:
+        return load_timm(path, groups, dtype)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     names = config.architectures or [None]
     stock = getattr(transformers, str(names[0]), None)
@@ -104,20 +107,9 @@ def _with_groups(
 
     def __init__(self, config: PreTrainedConfig, *args: object, **kwargs: object) -> None:
         stock.__init__(self, config, *args, **kwargs)
-        _make_room(self, groups)
+        make_room(self, groups)
 
-    # The stock name, which save_pretrained writes down.
-    return type(stock.__name__, (stock,), {"__init__": __init__})
-
-
-def _make_room(model: nn.Module, groups: Mapping[str, list[int]]) -> None:
-    sites = attention_sites(model)
-    for name, sizes in groups.items():
-        if name not in sites:
-            raise ConversionError(f"config.json has groups for {name!r}, which is no layer.")
-        if sum(sizes) != sites[name].num_heads:
-            raise ConversionError(
-                f"config.json: the groups {sizes} of {name} must hold {sites[name].num_heads} "
-                "query heads."
-            )
-        sites[name].make_room(model, sizes)
+    # The stock name, which save_pretrained writes down; and its module, by which transformers knows
+    # its own classes, and so that older names of their tensors mean the same.
+    own = {"__init__": __init__, "__module__": stock.__module__}
+    return type(stock.__name__, (stock,), own)

@@ -60,6 +60,15 @@ class Verification:
             "long": None if self.long is None else self.long.as_dict(),
         }
 
+    @property
+    def tokens(self) -> int:
+        """How many predictions were compared."""
+        return self.comparison.tokens
+
+    def broken_bounds(self, **bounds: float | None) -> list[str]:
+        """See :meth:`efficient_attn.convert.verify.Comparison.broken_bounds`."""
+        return self.comparison.broken_bounds(**bounds)
+
     def markdown(self) -> str:
         """For people."""
         before, after = (self.bytes_per_token[side] for side in ("before", "after"))

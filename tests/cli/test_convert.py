@@ -6,8 +6,16 @@ import math
 import re
 import shutil
 
+import numpy as np
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
 from typer.testing import CliRunner
 
 from efficient_attn.cli import app
@@ -214,3 +222,64 @@ def test_a_budget_that_does_not_fit_ends_in_one_line(source, tmp_path):
     ):
         assert words in run("convert", "mla", source, tmp_path / "out", *options, code=2)
         assert not (tmp_path / "out").exists()
+
+
+def encoder(folder, config, model_class):
+    model_class(config).save_pretrained(folder)
+    return folder
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+
+
+def test_the_heads_of_an_encoder_are_shared_and_its_embeddings_compared(tmp_path, made):
+    config = BertConfig(**SMALL, num_attention_heads=4, vocab_size=96, max_position_embeddings=64)
+    source = encoder(tmp_path / "bert", config, BertModel)
+    around = [{"Sequence": {"id": "A", "type_id": 0}}]
+    special = {n: {"id": n, "ids": [i], "tokens": [n]} for n, i in (("m", 12), ("n", 13))}
+    template = [{"SpecialToken": {"id": name, "type_id": 0}} for name in "mn"]
+    processor = {"type": "TemplateProcessing", "single": [template[0], *around, template[1]]}
+    processor |= {"pair": processor["single"], "special_tokens": special}
+    (source / "tokenizer.json").write_text(json.dumps({**TOKENIZER, "post_processor": processor}))
+    calib, text = tmp_path / "calib.txt", made.parent / "text.txt"
+    calib.write_text("d e f g h i a b c n m l k j " * 100)
+    report, out = tmp_path / "r.json", tmp_path / "out"
+    options = ["--num-kv-heads", 2, "--calib", calib, "--calib-tokens", 128]
+    options += ["--text", text, "--text-tokens", 256, "--report", report]
+    shown = run("convert", "gqa", source, out, *options, "--min-cosine", "0.1")
+    assert "keys and values, bytes per token" in shown and "mean cosine" in shown
+    told = json.loads(report.read_text())
+    assert told["verification"]["inputs"] == 4, "rows are as long as there are positions"
+    assert 0.1 < told["verification"]["mean_cosine"] < 1 and not told["cached"]
+    assert all(layer["output_error"] > 0 for layer in told["layers"])
+    shown = run("verify", source, out, "--text", text, "--text-tokens", 64)
+    assert "first token cosine" in shown
+    run("verify", source, out, "--text", text, "--text-tokens", 64, "--min-cosine", "1.1", code=1)
+    shown = run("verify", source, out, "--text", text, "--max-kl", "1", code=2)
+    assert "--min-cosine" in shown
+    assert "bert" in run("inspect", source)
+
+
+def test_the_heads_of_a_vision_transformer_are_shared_by_images(tmp_path):
+    config = ViTConfig(**SMALL, num_attention_heads=4, image_size=16, patch_size=4)
+    source = encoder(tmp_path / "vit", config, ViTForImageClassification)
+    rng = np.random.default_rng(0)
+    for name in ("calib", "images"):
+        np.save(tmp_path / f"{name}.npy", rng.integers(0, 256, (9, 20, 20, 3), dtype=np.uint8))
+    calib, images = tmp_path / "calib.npy", tmp_path / "images.npy"
+    options = ["--num-kv-heads", 3, "--partition", "clustered", "--calib", calib]
+    shown = run("convert", "gqa", source, tmp_path / "out", *options, "--images", images)
+    assert "top1 agreement" in shown and "output_error" in shown
+    shown = run("verify", source, tmp_path / "out", "--images", images, "--text", images, code=2)
+    assert "not both" in shown
+    assert "nothing was fitted to" in run(
+        "convert", "gqa", source, tmp_path / "no", *options, "--images", calib, code=2
+    )
+    assert "pass --text" in run("verify", source, tmp_path / "out", code=2)
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_bound_of_encoders_is_refused_for_a_decoder(source, made, tmp_path):
+    options = ["--num-kv-heads", 1, "--text", made.parent / "text.txt", "--min-cosine", "0.5"]
+    shown = run("convert", "gqa", source, tmp_path / "out", *options, code=2)
+    assert "--max-kl" in shown and not (tmp_path / "out").exists()
