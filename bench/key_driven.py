@@ -84,6 +84,7 @@ def contenders(shape: Shape, device: str) -> dict[str, GroupedQueryAttention]:
         "torch, heads gathered": _gathered(uneven.key_index().long(), shape.causal),
         "torch, even groups": _even(shape.causal),
         "loop over groups": _looped(shape.sizes, shape.causal),
+        PROJECTIONS: _passed_on,
     }
     for name, attend in theirs.items():
         layers[name] = _with_attention(shape.make_layer(uneven, device), attend)
@@ -108,9 +109,13 @@ def time_layers(
     errors = _errors(shape, layers, x)
     allowed = FLOOR + FACTOR * errors["torch, heads gathered"]
     passed = {name: layer for name, layer in layers.items() if errors.get(name, 0.0) <= allowed}
-    for part, steps_of in (("attention", _attention_steps), ("layer", _layer_steps)):
+    attending = {name: layer for name, layer in passed.items() if name != PROJECTIONS}
+    for part, steps_of, timed in (
+        ("attention", _attention_steps, attending),
+        ("layer", _layer_steps, passed),
+    ):
         for mode in ("forward", "forward_backward"):
-            steps = steps_of(passed, x, mode == "forward_backward")
+            steps = steps_of(timed, x, mode == "forward_backward")
             if part == "layer" and mode == "forward":
                 steps |= _allocation_steps(shape, layers["efficient_attn, uneven"], x)
             for step in steps.values():
@@ -134,6 +139,8 @@ def time_layers(
         write({"kind": "layer", "contender": name, "status": "wrong", "error": errors[name]})
 
 
+# What no attention can save of a layer.
+PROJECTIONS = "projections alone"
 ALLOCATIONS = ("allocation, one map", "allocation, a map per sample")
 
 
@@ -208,6 +215,14 @@ def _looped(sizes: tuple[int, ...], causal: bool) -> Attend:
     return attend
 
 
+def _passed_on(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """As little as can be computed of all three heads."""
+    out = query.clone()
+    for heads in (key, value):
+        out[:, : heads.shape[1]] += heads
+    return out
+
+
 def _errors(shape: Shape, layers: dict[str, GroupedQueryAttention], x: Tensor) -> dict[str, float]:
     """Relative errors of outputs and input gradients, of those with the uneven map."""
     exact = copy.deepcopy(layers["torch, heads gathered"]).double()
@@ -218,7 +233,7 @@ def _errors(shape: Shape, layers: dict[str, GroupedQueryAttention], x: Tensor) -
             for a, b in zip(_result(layer, x), truth, strict=True)
         )
         for name, layer in layers.items()
-        if "even" not in name.split(", ")[1:] and not name.endswith("even groups")
+        if name != PROJECTIONS and not name.endswith((", even", "even groups"))
     }
 
 

@@ -24,7 +24,7 @@ def test_everybody_computes_the_same_and_is_timed(shape):
     assert errors == {"efficient_attn, uneven", "torch, heads gathered", "loop over groups"}
     assert all(record["error"] < 1e-5 for record in records if record["error"] is not None)
     rows = layer_rows(records)
-    assert len(rows) == len(records) == 4 * 5 + 2
+    assert len(rows) == len(records) == 4 * 5 + 2 + 2
     console = Console(record=True, width=200, file=io.StringIO())
     print_layers(records, console)
     assert "loop over groups" in console.export_text()

@@ -7,6 +7,10 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from efficient_attn.convert import convert
+from efficient_attn.convert.converting import read_inputs
+from efficient_attn.convert.pipeline import open_source
+from efficient_attn.integrations.encoder_verification import verify_encoders
 from efficient_attn.integrations.patching import patch_model
 
 # The package is found without being imported, for that would need its own dependencies.
@@ -65,3 +69,23 @@ def test_a_sentence_reads_the_same_alone_and_in_a_padded_batch(model):
         for i, sentence in enumerate(SENTENCES):
             alone = model(**tokenizer(sentence, return_tensors="pt")).last_hidden_state[0]
             torch.testing.assert_close(together[i, : len(alone)], alone, rtol=0, atol=1e-5)
+
+
+def test_shared_heads_keep_what_sentences_mean(tmp_path):
+    """Six of twelve heads, fitted to Python's help texts and compared on others."""
+    from pydoc_data.topics import topics
+
+    texts = list(topics.values())
+    for name, part in (("calib", texts[40:]), ("text", texts[:10])):
+        (tmp_path / f"{name}.txt").write_text("\n".join(part), encoding="utf-8")
+    found = {}
+    for pooling in ("mean", "fitted"):
+        options = {"num_kv_heads": 6, "partition": "consecutive", "pooling": pooling}
+        options |= {"calib": tmp_path / "calib.txt", "calib_tokens": 2048}
+        convert(folder(), tmp_path / pooling, "gqa", **options)
+        rows = read_inputs(folder(), open_source(folder()), tmp_path / "text.txt", 1024)
+        found[pooling] = verify_encoders(folder(), tmp_path / pooling, rows)
+    assert found["mean"].inputs == 8 and found["mean"].classes["after"] == "BertModel"
+    assert found["fitted"].mean_cosine > 0.85 > found["mean"].mean_cosine
+    with pytest.raises(RuntimeError, match="mismatch"):
+        AutoModel.from_pretrained(tmp_path / "fitted")
