@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 
+import torch
 from torch import nn
 
 from efficient_attn.errors import UnsupportedError
 from efficient_attn.integrations.site import Site
 from efficient_attn.integrations.whole_site import LayerSite, TimmSite
-from efficient_attn.layers import GroupedQueryAttention
+from efficient_attn.layers import DGQA, KDGQA, GroupedQueryAttention
 
 # Attention classes of transformers by the names of their projections. All of them that are rotary
 # pair channel f with f + F.
@@ -26,8 +27,12 @@ SEPARATE = {
 KNOWN = (*SEPARATE, "timm's Attention", "GroupedQueryAttention")
 
 
-def attention_sites(model: nn.Module) -> dict[str, Site]:
+def attention_sites(model: nn.Module, *, uneven: bool = False) -> dict[str, Site]:
     """Every attention layer of ``model`` that can be read and replaced, by name.
+
+    Args:
+        model: Where to look.
+        uneven: Whether layers count whose groups are uneven, or that are frozen key-driven ones.
 
     Raises:
         UnsupportedError: There is none, or one does more than this can express; all are named.
@@ -36,11 +41,14 @@ def attention_sites(model: nn.Module) -> dict[str, Site]:
     for name, module in model.named_modules():
         kind = type(module).__name__
         if kind in SEPARATE:
-            site, reasons = _separate(model, name, module)
+            site, reasons = _separate(model, name, module, uneven)
         elif kind == "Attention" and type(module).__module__.startswith("timm."):
             site, reasons = _fused(name, module)
         elif type(module) is GroupedQueryAttention:
-            site, reasons = _ours(name, module)
+            site, reasons = _ours(name, module, uneven)
+        elif uneven and isinstance(module, KDGQA | DGQA):
+            site, reasons = _ours(name, module, uneven)
+            reasons += [] if module.is_frozen else ["its map is not frozen; call freeze() first"]
         else:
             continue
         found[name] = site
@@ -52,7 +60,9 @@ def attention_sites(model: nn.Module) -> dict[str, Site]:
     return found
 
 
-def _separate(model: nn.Module, name: str, module: nn.Module) -> tuple[Site | None, list[str]]:
+def _separate(
+    model: nn.Module, name: str, module: nn.Module, uneven: bool
+) -> tuple[Site | None, list[str]]:
     names = SEPARATE[type(module).__name__]
     if hasattr(module, "o_proj"):
         output = module.o_proj
@@ -61,7 +71,7 @@ def _separate(model: nn.Module, name: str, module: nn.Module) -> tuple[Site | No
     parts = {**{each: getattr(module, each) for each in names}, "output projection": output}
     if reasons := _not_plain(parts):
         return None, reasons
-    if hasattr(module, "kv_group_sizes"):
+    if hasattr(module, "kv_group_sizes") and not uneven:
         return None, ["its groups are uneven already"]
     head_dim = getattr(module, "head_dim", None) or module.attention_head_size
     pairs = 0
@@ -88,11 +98,17 @@ def _fused(name: str, module: nn.Module) -> tuple[TimmSite | None, list[str]]:
     return TimmSite(name, module, "qkv", "qkv", "qkv", module.proj, *counts, module.scale), []
 
 
-def _ours(name: str, module: GroupedQueryAttention) -> tuple[LayerSite | None, list[str]]:
+def _ours(
+    name: str, module: GroupedQueryAttention, uneven: bool
+) -> tuple[LayerSite | None, list[str]]:
     projections = ("q_proj", "k_proj", "v_proj")
     reasons = _not_plain({each: getattr(module, each) for each in (*projections, "o_proj")})
-    if module.num_key_heads != module.num_value_heads or module.head_map.q_to_k is not None:
+    head_map = module.head_map
+    read = head_map.key_index()
+    if module.num_key_heads != module.num_value_heads or not uneven and head_map.q_to_k is not None:
         reasons.append("its heads are not in even groups")
+    elif not torch.equal(read, head_map.value_index()) or bool((read.diff() < 0).any()):
+        reasons.append("its groups are not of neighbours, or not the same of keys and values")
     rotary = module.rotary
     if getattr(rotary, "interleaved", rotary is not None):
         reasons.append("its rotary embedding does not pair channels f and f + F")

@@ -127,9 +127,23 @@ def group_heads(
         name: group_layer(sites[name].weights(), num_kv_heads, moments=moments.get(name), **options)
         for name in chosen
     }
+    return replace_layers(model, sites, grouped, learned_per if pooling == LEARNED else None)
+
+
+def replace_layers(
+    model: nn.Module, sites: dict[str, Site], grouped: dict[str, GroupedLayer], learned: str | None
+) -> GroupingReport:
+    """Put grouped layers in place, and tell transformers.
+
+    Args:
+        model: The model.
+        sites: All its layers.
+        grouped: What some of them become.
+        learned: See :meth:`efficient_attn.integrations.site.Site.replace`.
+    """
     for name, layer in grouped.items():
-        sites[name].replace(model, layer, learned_per if pooling == LEARNED else None)
-    _tell_transformers(model, sites, grouped, num_kv_heads)
+        sites[name].replace(model, layer, learned)
+    tell_transformers(model, sites, {name: layer.group_sizes for name, layer in grouped.items()})
     rows = (
         GroupedSite(
             name,
@@ -177,25 +191,35 @@ def calibrate(
     return moments
 
 
-def _tell_transformers(
-    model: nn.Module, sites: dict[str, Site], grouped: dict[str, GroupedLayer], num_kv_heads: int
+def tell_transformers(
+    model: nn.Module, sites: Mapping[str, Site], sizes: Mapping[str, list[int]]
 ) -> None:
-    """Write into configurations what was done, and switch uneven layers to our attention."""
-    ours = {
-        name: layer for name, layer in grouped.items() if not isinstance(sites[name], WholeSite)
-    }
+    """Write into configurations what was done, and switch uneven layers to our attention.
+
+    Args:
+        model: The model.
+        sites: All its layers.
+        sizes: How many query heads each key head serves, of the layers that were changed.
+    """
+    ours = {name: each for name, each in sizes.items() if not isinstance(sites[name], WholeSite)}
     if not ours:
         return
-    even = all(layer.is_even for layer in ours.values())
+    even = all(len(set(each)) == 1 for each in ours.values())
+    counts = {len(each) for each in ours.values()}
     configs = {id(sites[name].module.config): sites[name].module.config for name in ours}
     for config in configs.values():
-        all_of_it = [name for name, site in sites.items() if site.module.config is config]
-        stock = hasattr(config, "num_key_value_heads") and even and ours.keys() >= {*all_of_it}
+        all_of_it = {name for name, site in sites.items() if site.module.config is config}
+        stock = even and len(counts) == 1 and ours.keys() >= all_of_it
+        if stock and hasattr(config, "num_key_value_heads"):
+            config.num_key_value_heads = next(iter(counts))
+        elif any(len(each) < sites[name].num_heads for name, each in ours.items()):
+            stock = False
+    if len(configs) == 1 and isinstance(model, PreTrainedModel):
         if stock:
-            config.num_key_value_heads = num_kv_heads
-    if len(configs) == 1 and not stock and isinstance(model, PreTrainedModel):
-        # The old number of heads stays, with which no stock class loads the new weights.
-        sizes = {name: layer.group_sizes for name, layer in ours.items()}
-        model.config.efficient_attn = grouped_record({**groups_of(model.config.to_dict()), **sizes})
+            vars(model.config).pop("efficient_attn", None)
+        else:
+            # The old number of heads stays, with which no stock class loads the new weights.
+            groups = {**groups_of(model.config.to_dict()), **ours}
+            model.config.efficient_attn = grouped_record(groups)
     if not even:
         switching.switch_models(model, switching.EXACT.whole)

@@ -84,6 +84,35 @@ class Site:
         overwrite(self.output, weights.output, weights.output_bias)
         self.tell(grouped.group_sizes)
 
+    @property
+    def group_sizes(self) -> list[int]:
+        """How many query heads each key head serves."""
+        even = [self.num_heads // self.num_kv_heads] * self.num_kv_heads
+        return list(getattr(self.module, "kv_group_sizes", even))
+
+    def pick(self, root: nn.Module, heads: Sequence[int], group_sizes: Sequence[int]) -> None:
+        """Keep the key and value heads named, in this order; one may be named more than once.
+
+        Args:
+            root: The model.
+            heads: Numbers of heads of the layer as it is.
+            group_sizes: How many query heads each of them serves.
+        """
+        for name in (self.key, self.value):
+            setattr(self.module, name, self._picked(name, heads))
+        self.tell(group_sizes)
+
+    def _picked(self, name: str, heads: Sequence[int]) -> nn.Linear:
+        projection = getattr(self.module, name)
+        rows = (projection.weight.detach(), detached(projection.bias))
+        picked = [
+            None
+            if x is None
+            else x.unflatten(0, (self.num_kv_heads, -1))[list(heads)].flatten(0, 1)
+            for x in rows
+        ]
+        return linear_like(projection, *picked)
+
     def make_room(self, root: nn.Module, group_sizes: Sequence[int]) -> None:
         """Give the layer projections of the size of grouped ones, before they are loaded."""
         head_dim = len(getattr(self.module, self.key).weight) // self.num_kv_heads
@@ -97,6 +126,7 @@ class Site:
     def tell(self, group_sizes: Sequence[int]) -> None:
         """Let the layer know how many query heads each key head serves."""
         if len(set(group_sizes)) == 1:
+            vars(self.module).pop("kv_group_sizes", None)
             self.module.num_key_value_groups = group_sizes[0]
             return
         # What repeats keys by a number must not find one.
@@ -109,7 +139,7 @@ def _refuse_other_attention(module: nn.Module, args: tuple) -> None:
     from efficient_attn.integrations.transformers import NAME, NAME_FOR_SOME_LAYERS
 
     given = module.config._attn_implementation
-    if given not in (NAME, NAME_FOR_SOME_LAYERS):
+    if hasattr(module, "kv_group_sizes") and given not in (NAME, NAME_FOR_SOME_LAYERS):
         raise UnsupportedError(
             f"attention by {given!r}",
             ["query heads share keys in uneven groups, which it would take for even ones"],

@@ -45,7 +45,7 @@ class WholeSite(Site, ABC):
     def make_room(self, root: nn.Module, group_sizes: Sequence[int]) -> None:
         """Put a layer of ours there whose weights are to be loaded."""
         like, before = getattr(self.module, self.query), self.weights()
-        count, share = len(group_sizes), len(group_sizes) / self.num_kv_heads
+        share = len(group_sizes) / self.num_kv_heads
         rows = {
             "q_proj": len(before.query),
             "k_proj": round(share * len(before.key)),
@@ -56,10 +56,13 @@ class WholeSite(Site, ABC):
             name: nn.Linear(like.in_features, size, bias=like.bias is not None, **kinds)
             for name, size in rows.items()
         }
-        head_map = HeadMap.from_group_sizes(list(group_sizes))
-        if len(set(group_sizes)) == 1:
-            head_map = HeadMap.gqa(self.num_heads, count)
-        self._put(root, head_map, projections)
+        self._put(root, _map_of(group_sizes), projections)
+
+    def pick(self, root: nn.Module, heads: Sequence[int], group_sizes: Sequence[int]) -> None:
+        """Put a layer of ours there with some of its heads; see :meth:`Site.pick`."""
+        names = ("k_proj", "v_proj")
+        projections = {name: self._picked(name, heads) for name in names}
+        self._put(root, _map_of(group_sizes), {"q_proj": self.module.q_proj, **projections})
 
     def _put(self, root: nn.Module, head_map: HeadMap, projections: dict[str, nn.Linear]) -> None:
         layer = self.layer(head_map, {**projections, "o_proj": self.output})
@@ -68,6 +71,12 @@ class WholeSite(Site, ABC):
     @abstractmethod
     def layer(self, head_map: HeadMap, projections: dict[str, nn.Linear]) -> GroupedQueryAttention:
         """What is put in place of the module."""
+
+
+def _map_of(group_sizes: Sequence[int]) -> HeadMap:
+    if len(set(group_sizes)) == 1:
+        return HeadMap.gqa(sum(group_sizes), len(group_sizes))
+    return HeadMap.from_group_sizes(list(group_sizes))
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,12 @@ class TimmSite(WholeSite):
 
 @dataclass(frozen=True)
 class LayerSite(WholeSite):
-    """A :class:`GroupedQueryAttention` in even groups."""
+    """A :class:`GroupedQueryAttention`; its query heads are in contiguous groups."""
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """How many query heads each key head serves."""
+        return self.module.head_map.inverse_k().starts.diff().tolist()
 
     def layer(self, head_map: HeadMap, projections: dict[str, nn.Linear]) -> GroupedQueryAttention:
         """The same with another map."""
