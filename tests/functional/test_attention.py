@@ -184,7 +184,7 @@ def test_the_same_bits_every_time(name):
         return out, lse, *torch.autograd.grad(out.square().sum(), inputs)
 
     first = run()
-    for _ in range(3):
+    for _ in range(19):
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
@@ -199,6 +199,34 @@ def test_permuting_query_heads_and_their_map_permutes_the_result():
     torch.testing.assert_close(
         ea.attention(query[:, order], key, value, head_map=permuted), out[:, order]
     )
+
+
+def test_permuting_key_heads_and_relabelling_them_changes_nothing():
+    order, inverse = torch.tensor([2, 0, 3, 1]), torch.tensor([1, 3, 0, 2])
+    index = torch.tensor([0, 0, 1, 3, 3, 3])
+    query, key, value = qkv(MAPS["uneven"], dtype=torch.float64)
+    key, value = (torch.randn(2, 4, *x.shape[2:], dtype=x.dtype) for x in (key, value))
+    maps = (HeadMap.from_index(i, num_k_heads=4) for i in (index, inverse[index]))
+    before, after = (
+        ea.attention(query, k, v, head_map=head_map)
+        for (k, v), head_map in zip(
+            ((key, value), (key[:, order], value[:, order])), maps, strict=True
+        )
+    )
+    torch.testing.assert_close(before, after)
+
+
+def test_a_shared_head_has_the_sum_of_the_gradients_of_its_copies():
+    head_map = MAPS["uneven"]
+    inputs = qkv(head_map, lengths=(5, 9), dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(*inputs[0].shape[:3], inputs[2].shape[-1], dtype=torch.float64)
+    shared = torch.autograd.grad(ea.attention(*inputs, head_map=head_map), inputs, grad)
+    index = head_map.key_index().long()
+    copies = [inputs[0], *(x.detach()[:, index].requires_grad_() for x in inputs[1:])]
+    own = torch.autograd.grad(ea.attention(*copies), copies, grad)
+    torch.testing.assert_close(shared[0], own[0])
+    for ours, each in zip(shared[1:], own[1:], strict=True):
+        torch.testing.assert_close(ours, torch.zeros_like(ours).index_add(1, index, each))
 
 
 def test_attention_over_parts_of_the_keys_merges_into_the_whole():

@@ -83,6 +83,18 @@ def test_is_the_last_rows_of_prefill(tokens):
         torch.testing.assert_close(x, y[:, :, -tokens:])
 
 
+@pytest.mark.parametrize("size", [15, 16, 17, 24, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_groups_beside_the_height_of_a_tile(size, dtype):
+    """No tile reaches over the end of its group."""
+    head_map = HeadMap.from_group_sizes([size, 1, 0, size])
+    query, key, value = call(head_map, torch.tensor([21, 5]), room=21, dtype=dtype)
+    options = {"cache_lengths": torch.tensor([21, 5]), "head_map": head_map}
+    expected = reference.attention_decode(query, key, value, **options)
+    actual = ea.attention_decode(query, key, value, **options, return_lse=True)
+    torch.testing.assert_close(actual, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dims", [(64, 64), (40, 24), (7, 33)])
 @settings(max_examples=12, deadline=None)
