@@ -88,9 +88,10 @@ def encoder_of(checkpoint: Checkpoint) -> tuple[EncoderFamily, dict[str, object]
             "config.json has no architectures; it must name the class of the model, such as "
             f"{LAYOUTS[kind][0].base!r}."
         )
-    first = [family.layers.format(0) + family.norms[0] + ".weight" for family in LAYOUTS[kind]]
     fitting = [
-        f for f, name in zip(LAYOUTS[kind], first, strict=True) if name in checkpoint.tensors
+        family
+        for family in LAYOUTS[kind]
+        if f"{family.layers.format(0)}{family.norms[0]}.weight" in checkpoint.tensors
     ]
     # Where none fits, the first one says what is missing.
     return (fitting or LAYOUTS[kind])[0], config
@@ -152,8 +153,8 @@ def _told_by_timm(checkpoint: Checkpoint) -> dict[str, object]:
     tensors = checkpoint.tensors
     name, told = timm_arguments(checkpoint.config)
     shapes = {
-        name: tensors[name].shape if name in tensors else ()
-        for name in ("pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
+        tensor: tensors[tensor].shape if tensor in tensors else ()
+        for tensor in ("pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
     }
     if [len(shape) for shape in shapes.values()] != [3, 4, 2]:
         lacking = next(n for n, s in zip(shapes, (3, 4, 2), strict=True) if len(shapes[n]) != s)
@@ -162,6 +163,7 @@ def _told_by_timm(checkpoint: Checkpoint) -> dict[str, object]:
             "vision transformer of timm."
         )
     (_, places, width), (_, channels, patch, _), (inner, _) = shapes.values()
+    _check_count("patch_size", patch)
     side = round((places - 1) ** 0.5)
     usual, heads = TIMM_SIZES[TIMM_NAMES.match(name)[1]]
     if "num_heads" not in told and width != usual:

@@ -325,3 +325,12 @@ def test_timm_that_is_not_there_is_asked_for(saved, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ConversionError, match="pip install timm"):
         load_timm(saved("timm")[0], {})
+
+
+def test_sizes_of_a_model_of_timm_are_checked_before_they_are_used(copied):
+    folder = copied("timm")
+    name = "patch_embed.proj.weight"
+    edit_tensors(folder, lambda t: t.update({name: torch.zeros(48, 3, 0, 0)}))
+    refused(folder, "patch_size is 0")
+    edit_tensors(folder, lambda t: t.update({name: torch.zeros(48)}))
+    refused(folder, name, "[48]")
