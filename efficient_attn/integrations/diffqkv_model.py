@@ -35,6 +35,7 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
+from efficient_attn.head_map import HeadMap
 from efficient_attn.integrations import transformers as ours
 from efficient_attn.integrations.wide_heads import own_part, widen
 from efficient_attn.layers.diffqkv import DiffQKVAttention, LinearFromZero
@@ -69,9 +70,14 @@ class DiffQKVConfig(LlamaConfig):
 
     def __post_init__(self, **kwargs):
         """Fill in what follows from the rest."""
-        self.num_key_heads = self.num_key_heads or self.num_attention_heads
-        self.num_value_heads = self.num_value_heads or self.num_attention_heads
-        self.v_head_dim = self.v_head_dim or self.hidden_size // self.num_attention_heads
+        heads = self.num_attention_heads
+        if self.num_key_heads is None:
+            self.num_key_heads = heads
+        if self.num_value_heads is None:
+            self.num_value_heads = heads
+        if self.v_head_dim is None:
+            self.v_head_dim = self.hidden_size // heads
+        HeadMap.diff(heads, k=self.num_key_heads, v=self.num_value_heads)  # refuses what is none
         # What code that knows one number of heads sees: that of the joined ones.
         self.num_key_value_heads = math.gcd(self.num_key_heads, self.num_value_heads)
         if self.augmented_query_dim:
@@ -84,6 +90,22 @@ class DiffQKVConfig(LlamaConfig):
                 "layers.*.self_attn.q_down_proj": "colwise",
             }
         super().__post_init__(**kwargs)
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(
+                f"head_dim is {self.head_dim}; rotary embedding turns pairs of a key's channels, "
+                "so it must be a positive even width."
+            )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, object], **kwargs: object) -> DiffQKVConfig:
+        """As in the base class; the configuration of another architecture is a ValueError."""
+        kind = config_dict.get("model_type", cls.model_type)
+        if kind != cls.model_type:
+            raise ValueError(
+                f"the checkpoint is of model_type {kind!r}, not {cls.model_type!r}; make one of it "
+                "by `efficient-attn convert diffqkv SRC DST --key-heads N`."
+            )
+        return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def sigma_1_5b(cls, **changes: object) -> DiffQKVConfig:

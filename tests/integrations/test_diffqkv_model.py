@@ -152,3 +152,43 @@ def test_heads_split_over_two_ranks_add_up(heads):
         part.o_proj.weight.data = part.o_proj.weight.data.chunk(2, dim=1)[rank]
         halves.append(part(x, turn)[0])
     torch.testing.assert_close(sum(halves), whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_key_heads": 5}, "5 key heads do not divide 12 query heads"),
+        ({"num_value_heads": 7}, "7 value heads do not divide 12 query heads"),
+        ({"num_key_heads": 0}, "num_k_heads is 0"),
+        ({"num_value_heads": -2}, "num_v_heads is -2"),
+        ({"head_dim": 3}, "head_dim is 3; .* even"),
+        ({"head_dim": 0}, "head_dim is 0; .* even"),
+        ({"augmented_query_dim": -4}, "augmented_query_dim is -4"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        DiffQKVForCausalLM(DiffQKVConfig(**SIZES | HEADS["nested"] | options))
+
+
+@pytest.mark.parametrize("key_value_heads", [4, 12])
+def test_a_checkpoint_of_another_architecture_is_refused(key_value_heads, tmp_path):
+    """With a key head for every query head, its tensors would fit."""
+    LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=key_value_heads)).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(ValueError, match="model_type 'llama', not 'diffqkv'; .* convert diffqkv"):
+        DiffQKVForCausalLM.from_pretrained(tmp_path)
+
+
+@torch.no_grad()
+def test_the_cache_of_other_head_counts_is_refused():
+    for make in (
+        lambda: StaticPastKeyValues(capacity=40),
+        lambda: PagedPastKeyValues(num_pages=24, page_size=4),
+    ):
+        past = make()
+        model("nested")(prompt(), past_key_values=past)
+        with pytest.raises(ValueError, match=r"key has shape \(2, 4, .*takes \(2, 2, tokens, 4\)"):
+            model("not nested")(prompt(), past_key_values=past)
+        assert past.get_seq_length() == 11
