@@ -272,6 +272,10 @@ def diffqkv(
     merge: Annotated[
         str, typer.Option(help="How key heads become one: mean, select or complex_svd.")
     ] = "complex_svd",
+    calib: Annotated[
+        Path | None, typer.Option(help="A text to fit heads to; keep it apart from --text.")
+    ] = None,
+    calib_tokens: CalibTokens = 65536,
     augmented_query_dim: Annotated[
         int, typer.Option(help="Inner width of an augmented query to train; 0 for none.")
     ] = 0,
@@ -299,6 +303,8 @@ def diffqkv(
             "key_heads": key_heads,
             "value_heads": value_heads,
             "merge": merge,
+            "calib": calib,
+            "calib_tokens": calib_tokens,
             "augmented_query_dim": augmented_query_dim,
             "seed": seed,
             "dtype": dtype,

@@ -6,6 +6,8 @@ the input, in plain PyTorch.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -68,6 +70,34 @@ def latent_heads(weights: LatentAttentionWeights, x: Tensor) -> Tensor:
     key_rope = _turned_neighbours(key_rope[None], weights).expand(heads, -1, -1)
     query = torch.cat((query, _turned_neighbours(query_rope, weights)), -1)
     return _attended(weights, query, torch.cat((key, key_rope), -1), value)
+
+
+def with_own_heads(
+    weights: GroupedAttentionWeights, key_index: Tensor, value_index: Tensor
+) -> GroupedAttentionWeights:
+    """The same layer with a key and a value head for every query head.
+
+    Args:
+        weights: A layer with as many key and value heads as there are rows for.
+        key_index: ``(H,)``, the key head of each query head.
+        value_index: The same for value heads.
+    """
+    width = len(weights.query) // weights.num_heads
+    changed: dict[str, object] = {"num_kv_heads": weights.num_heads}
+    for name, index in (("key", key_index), ("value", value_index)):
+        for rows in (name, f"{name}_bias"):
+            x = getattr(weights, rows)
+            if x is not None:
+                changed[rows] = x.unflatten(0, (-1, width))[index].flatten(0, 1)
+    return replace(weights, **changed)
+
+
+def output_error(
+    before: GroupedAttentionWeights, after: GroupedAttentionWeights, x: Tensor
+) -> float:
+    """Relative change of a layer's output on one sequence ``(N, D)``."""
+    truth, got = (grouped_attention(in_fp32(weights), x) for weights in (before, after))
+    return float((got - truth).norm() / truth.norm().clamp(min=1e-30))
 
 
 def _attended(

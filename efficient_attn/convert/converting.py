@@ -26,23 +26,21 @@ class Method:
     """One kind of conversion.
 
     Attributes:
-        plan: From a source and options to what is to be done; if ``calibrates``, also from what
-            makes calibration tokens flow, ``dry_run`` and ``progress``.
+        plan: From a source, options, what makes calibration tokens flow or None, ``dry_run`` and
+            ``progress`` to what is to be done.
         options: The options that it takes.
-        calibrates: Whether it may be fitted to a text.
         encoders: Whether it knows them, beside decoders.
     """
 
     plan: Callable[..., Conversion]
     options: type
-    calibrates: bool = False
     encoders: bool = False
 
 
 METHODS = {
     "diffqkv": Method(to_diffqkv.plan, to_diffqkv.DiffQKVOptions),
-    "gqa": Method(to_gqa.plan, to_gqa.GqaOptions, calibrates=True, encoders=True),
-    "mla": Method(to_mla.plan, to_mla.MlaOptions, calibrates=True),
+    "gqa": Method(to_gqa.plan, to_gqa.GqaOptions, encoders=True),
+    "mla": Method(to_mla.plan, to_mla.MlaOptions),
 }
 # Tokens in a row of calibration text.
 CALIBRATION_LENGTH = 512
@@ -109,8 +107,6 @@ def convert(
     if to not in METHODS:
         raise ValueError(f"to is {to!r}; take one of {', '.join(METHODS)}.")
     method = METHODS[to]
-    if calib is not None and not method.calibrates:
-        raise ValueError(f"calib is given, and conversion to {to!r} is not fitted to anything.")
     chosen = method.options(**options)
     if shard_size is not None and shard_size <= 0:
         raise ValueError(f"shard_size is {shard_size} GB; it must be above 0.")
@@ -136,8 +132,6 @@ def convert(
         return kind(source, rows(calib), device=device)
 
     def planned(*, dry_run: bool) -> Conversion:
-        if not method.calibrates:
-            return method.plan(source, chosen)
         calibration = None if calib is None else flow
         return method.plan(source, chosen, calibration, dry_run=dry_run, progress=progress)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from efficient_attn.convert.gqa.moments import InputMoments
 from efficient_attn.convert.source import Source
 from efficient_attn.errors import ConversionError
 
@@ -85,6 +86,14 @@ class HiddenStates(ABC):
             self.restart()
         while self.layer < layer:
             self.advance()
+
+    def moments(self, layer: int) -> InputMoments:
+        """Moments of what enters the attention of a layer, which is the current one from now on."""
+        self.go_to(layer)
+        found = InputMoments(self.source.config["hidden_size"])
+        for inputs in self.inputs():
+            found.add(inputs)
+        return found
 
     def first_input(self) -> Tensor:
         """What the first input ``(N, D)`` brings to the attention of the layer, on the CPU."""

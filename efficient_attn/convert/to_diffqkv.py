@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from efficient_attn.convert.diffqkv import MERGES, DiffQKVWeights, merge_key_heads, pool_value_heads
+from efficient_attn.convert.activations import Activations
+from efficient_attn.convert.attending import output_error, with_own_heads
+from efficient_attn.convert.attention_weights import GroupedAttentionWeights
+from efficient_attn.convert.diffqkv import MERGES, DiffQKVWeights, separate_heads
 from efficient_attn.convert.output import Output
 from efficient_attn.convert.pipeline import Conversion, Part
 from efficient_attn.convert.source import FLOATING, Source
@@ -25,7 +28,8 @@ class DiffQKVOptions:
     Args:
         key_heads: Key heads of the output; a divisor of the source's.
         value_heads: Value heads of the output, a divisor of the source's; by default all.
-        merge: How key heads become one: ``"mean"``, ``"select"`` or ``"complex_svd"``.
+        merge: How key heads become one: ``"mean"``, ``"select"`` or ``"complex_svd"``; see
+            :func:`efficient_attn.convert.diffqkv.separate_heads`.
         augmented_query_dim: Inner width of an augmented query to add, which starts without effect
             and is there to be trained; 0 for none.
         seed: Of the augmented query's first weights.
@@ -50,8 +54,22 @@ class DiffQKVOptions:
                 raise ValueError(f"{name} is {value}; it must be at least {least}.")
 
 
-def plan(source: Source, options: DiffQKVOptions) -> Conversion:
+def plan(
+    source: Source,
+    options: DiffQKVOptions,
+    flow: Callable[[], Activations] | None = None,
+    *,
+    dry_run: bool = False,
+    progress: bool = False,
+) -> Conversion:
     """What converting a source to DiffQKV would do.
+
+    Args:
+        source: The model.
+        options: What is wanted.
+        flow: Makes calibration tokens flow; without, weights alone decide.
+        dry_run: Compute nothing to find out.
+        progress: Unused; layers are all that takes time, and they have a bar of their own.
 
     Raises:
         ConversionError: It cannot be done in this way; the message has every reason.
@@ -65,7 +83,8 @@ def plan(source: Source, options: DiffQKVOptions) -> Conversion:
             f"{source.checkpoint.folder} cannot become DiffQKV: {'; '.join(reasons)}."
         )
     dtype = source.dtype if options.dtype is None else FLOATING[options.dtype]
-    written = _Written(source, options, value_heads, dtype)
+    activations = None if flow is None or dry_run else flow()
+    written = _Written(source, options, value_heads, dtype, activations)
     numbers = 2 * groups * dim, (options.key_heads + value_heads) * dim
     parameters = written.parameters()
     return Conversion(
@@ -74,6 +93,7 @@ def plan(source: Source, options: DiffQKVOptions) -> Conversion:
             **asdict(options),
             "value_heads": value_heads,
             "dtype": written.dtype_name,
+            "calibration": None if activations is None else activations.digest,
         },
         parts=written.parts(written.layer),
         config=written.config,
@@ -84,7 +104,7 @@ def plan(source: Source, options: DiffQKVOptions) -> Conversion:
         parameters=(source.parameters, parameters),
         output_bytes=parameters * dtype.itemsize,
         memory_bytes=written.memory_bytes(),
-        warnings=[*source.warnings, *written.warnings()],
+        warnings=[*source.warnings, *written.warnings(fitted=flow is not None)],
     )
 
 
@@ -110,21 +130,38 @@ class _Written(Output):
     """The tensors and the config of the output."""
 
     def __init__(
-        self, source: Source, options: DiffQKVOptions, value_heads: int, dtype: torch.dtype
+        self,
+        source: Source,
+        options: DiffQKVOptions,
+        value_heads: int,
+        dtype: torch.dtype,
+        flow: Activations | None,
     ) -> None:
         super().__init__(source, dtype)
         self.options = options
         self.value_heads = value_heads
+        self.flow = flow
         self.has_bias = any(source.family.biases(source.config))
 
     def layer(self, index: int) -> Part:
-        merged = merge_key_heads(
-            self.source.attention(index), self.options.key_heads, merge=self.options.merge
+        weights = self.source.attention(index)
+        found = separate_heads(
+            weights,
+            self.options.key_heads,
+            self.value_heads,
+            merge=self.options.merge,
+            moments=None if self.flow is None else self.flow.moments(index),
         )
-        state = self._attention(pool_value_heads(merged, self.value_heads), index)
+        notes = {"key_error": found.key_error, "value_error": found.value_error}
+        if self.flow is not None:
+            written = _with_own_heads(weights, found)
+            notes["output_error"] = output_error(weights, written, self.flow.first_input())
         prefix = self.source.family.layers.format(index) + "self_attn."
-        tensors = {prefix + name: x.to(self.dtype).contiguous() for name, x in state.items()}
-        return tensors | self._others(self.source.other_names(index)), {}
+        tensors = {
+            prefix + name: x.to(self.dtype).contiguous()
+            for name, x in self._attention(found, index).items()
+        }
+        return tensors | self._others(self.source.other_names(index)), notes
 
     def config(self, notes: Mapping[str, dict]) -> dict[str, object]:
         source, options = self.source, self.options
@@ -159,13 +196,18 @@ class _Written(Output):
         """Of a layer in fp64, copied while heads are merged; or of the embedding, twice."""
         config = self.source.config
         layer = self.source.checkpoint.nbytes // self.source.num_layers
-        attention = 2 * self._query_width() + 2 * config["num_key_value_heads"] * config["head_dim"]
-        return max(2 * layer + 4 * 8 * attention * config["hidden_size"], self._embedding_bytes())
+        keys = config["num_key_value_heads"] * config["head_dim"]
+        attention = (2 * self._query_width() + 2 * keys) * config["hidden_size"]
+        moments = 2 * config["hidden_size"] ** 2 + 4 * keys**2
+        return max(2 * layer + 8 * (4 * attention + moments), self._embedding_bytes())
 
-    def warnings(self) -> list[str]:
-        if self.options.key_heads == self.source.config["num_key_value_heads"]:
+    def warnings(self, *, fitted: bool) -> list[str]:
+        if self.options.key_heads == self.value_heads == self.source.config["num_key_value_heads"]:
             return []
-        return ["merging key heads changes the model; train it a little before it is used."]
+        told = ["sharing heads changes the model; measure it, and train it a little."]
+        if not fitted:
+            told.append("no text was given to fit to (calib), so weights alone decide.")
+        return told
 
     def _query_width(self) -> int:
         return self.source.config["num_attention_heads"] * self.source.config["head_dim"]
@@ -187,3 +229,14 @@ class _Written(Output):
                 state[f"q_{name}_proj.weight"] = random * width**-0.5
             state["q_down_proj.weight"] = torch.zeros(width, inner)
         return state
+
+
+def _with_own_heads(
+    source: GroupedAttentionWeights, found: DiffQKVWeights
+) -> GroupedAttentionWeights:
+    """What was found as a layer with a key and a value head for every query head."""
+    names = {field.name for field in fields(found)} & {field.name for field in fields(source)}
+    separate = replace(source, **{name: getattr(found, name) for name in names})
+    heads = torch.arange(source.num_heads)
+    counts = found.num_key_heads, found.num_value_heads
+    return with_own_heads(separate, *(heads * count // source.num_heads for count in counts))

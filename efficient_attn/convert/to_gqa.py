@@ -7,13 +7,12 @@ reads fewer key heads, so all of their groups are written down as uneven ones ar
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 
-from efficient_attn.convert.attending import grouped_attention, in_fp32
-from efficient_attn.convert.attention_weights import GroupedAttentionWeights
-from efficient_attn.convert.gqa import GroupedLayer, InputMoments, group_layer
+from efficient_attn.convert.attending import output_error, with_own_heads
+from efficient_attn.convert.gqa import group_layer
 from efficient_attn.convert.gqa.grouping import check_grouping
 from efficient_attn.convert.hidden_states import HiddenStates
 from efficient_attn.convert.native import FORMAT
@@ -145,7 +144,7 @@ class _Written(Output):
             self.options.num_kv_heads,
             partition=self.options.partition,
             pooling=self.options.pooling,
-            moments=self._moments(index),
+            moments=None if self.flow is None else self.flow.moments(index),
             seed=self.options.seed,
         )
         notes = {
@@ -155,7 +154,9 @@ class _Written(Output):
             "value_error": grouped.value_error,
         }
         if self.flow is not None:
-            notes["output_error"] = self._output_error(weights, grouped)
+            read = grouped.head_map.key_index().long()
+            written = with_own_heads(grouped.weights, read, read)
+            notes["output_error"] = output_error(weights, written, self.flow.first_input())
         names = self.source.family.written(grouped.weights, self.source.family.layers.format(index))
         tensors = {name: x.to(self.dtype).contiguous() for name, x in names.items()}
         return tensors | self._others(self.source.other_names(index)), notes
@@ -197,33 +198,3 @@ class _Written(Output):
         moments = 2 * width**2 + 4 * (config["num_key_value_heads"] * config["head_dim"]) ** 2
         layer = self.source.checkpoint.nbytes // config["num_hidden_layers"]
         return max(2 * layer + 8 * (2 * attention + moments), self._embedding_bytes())
-
-    def _moments(self, index: int) -> InputMoments | None:
-        if self.flow is None:
-            return None
-        if self.flow.layer > index:
-            self.flow.restart()
-        while self.flow.layer < index:
-            self.flow.advance()
-        found = InputMoments(self.source.config["hidden_size"])
-        for inputs in self.flow.inputs():
-            found.add(inputs)
-        return found
-
-    def _output_error(self, weights: GroupedAttentionWeights, grouped: GroupedLayer) -> float:
-        """Relative change of the layer's output on the first calibration tokens."""
-        row = self.flow.first_input()
-        truth = grouped_attention(in_fp32(weights), row)
-        got = grouped_attention(in_fp32(_written_out(grouped)), row)
-        return float((got - truth).norm() / truth.norm().clamp(min=1e-30))
-
-
-def _written_out(grouped: GroupedLayer) -> GroupedAttentionWeights:
-    """The same layer with a key and a value head for every query head."""
-    weights, index = grouped.weights, grouped.head_map.key_index().long()
-    changed: dict[str, object] = {"num_kv_heads": weights.num_heads}
-    for name in ("key", "key_bias", "value", "value_bias"):
-        rows = getattr(weights, name)
-        if rows is not None:
-            changed[name] = rows.unflatten(0, (weights.num_kv_heads, -1))[index].flatten(0, 1)
-    return replace(weights, **changed)

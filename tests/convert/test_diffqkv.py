@@ -5,9 +5,12 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from efficient_attn.convert.attention_weights import GroupedAttentionWeights
-from efficient_attn.convert.diffqkv import MERGES, merge_key_heads, pool_value_heads
+from efficient_attn.convert.diffqkv import MERGES, separate_heads
+from efficient_attn.convert.gqa import InputMoments
 from efficient_attn.errors import ConversionError
 
 HEADS, KEY_HEADS, DIM, EMBED, TOKENS = 8, 4, 6, 20, 11
@@ -95,9 +98,10 @@ def inputs(count=TOKENS, seed=3):
     return random(count, EMBED, seed=seed) @ random(EMBED, EMBED, seed=seed + 1)
 
 
-def moment_of(x, bias):
-    x = torch.cat((x, x.new_ones(len(x), 1)), 1) if bias else x
-    return x.T @ x / len(x)
+def moments_of(x):
+    found = InputMoments(EMBED)
+    found.add(x)
+    return found
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -105,39 +109,62 @@ def moment_of(x, bias):
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_multiples_of_one_head_merge_exactly(bias, pairs, calibrated):
     layer, x = multiples(source(bias, pairs)), inputs()
-    moment = moment_of(inputs(200, seed=5), bias) if calibrated else None
-    merged = merge_key_heads(layer, 2, second_moment=moment)
+    moments = moments_of(inputs(200, seed=5)) if calibrated else None
+    merged = separate_heads(layer, 2, moments=moments)
+    assert merged.key_error < 1e-9 and merged.value_error == 0
     frequencies = layer.inverse_frequencies
     before = scores(layer, x, frequencies)
     near = 1e-6 * before.abs().max().item()
     torch.testing.assert_close(scores(merged, x, frequencies), before, rtol=0, atol=near)
-    mean = merge_key_heads(layer, 2, merge="mean")
+    mean = separate_heads(layer, 2, merge="mean")
     assert (scores(mean, x, frequencies) - before).abs().max() > 1e3 * near
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("seed", range(3))
-def test_on_calibration_data_the_svd_is_ahead_of_mean_and_selection(bias, seed):
-    """In what it minimises: errors of keys, weighted by the queries that ask for them."""
-    layer, x = source(bias, seed=seed), inputs(300)
-    moment = moment_of(x, bias)
+def score_error(layer, merged, x):
+    """Mean square of the change of all scores, over every distance that pairs may turn by.
 
-    def pairs_of(heads):
-        return torch.complex(heads[..., :3], heads[..., 3:])
+    Queries and keys are those of any two tokens, and angles of pairs are uniform: then errors of
+    different pairs are independent, and that of one is half of the product of two mean squares.
+    """
 
-    asked = heads_of(layer.query, layer.query_bias, x, HEADS).square().mean(1)
-    asked = (asked[:, :3] + asked[:, 3:]).view(KEY_HEADS, -1, 3).sum(1)
-    keys = pairs_of(heads_of(layer.key, layer.key_bias, x, KEY_HEADS))
-    queries = pairs_of(heads_of(layer.query, layer.query_bias, x, HEADS))
-    errors = {}
+    def heads(weights, name, count):
+        rows = heads_of(getattr(weights, name), getattr(weights, f"{name}_bias"), x, count)
+        return torch.complex(rows[..., :3], rows[..., 3:])
+
+    query, changed = heads(layer, "query", HEADS), heads(merged, "query", HEADS)
+    each = HEADS // KEY_HEADS, HEADS // merged.num_key_heads
+    key = heads(layer, "key", KEY_HEADS).repeat_interleave(each[0], 0)
+    shared = heads(merged, "key", merged.num_key_heads).repeat_interleave(each[1], 0)
+    # The factor that a query was given is its conjugate on the key.
+    factor = (changed / query).conj()
+    torch.testing.assert_close(factor, factor[:, :1].expand_as(factor))
+    error = (key - factor[:, :1] * shared).abs().square().mean(1)
+    return float((query.abs().square().mean(1) * error).sum())
+
+
+@pytest.mark.parametrize("key_heads", [1, 2])
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**16), bias=st.booleans())
+def test_on_calibration_tokens_nothing_loses_less_than_the_svd(key_heads, seed, bias):
+    layer, x = source(bias, seed=seed), inputs(60, seed=seed)
+    errors, told = {}, {}
     for merge in MERGES:
-        merged = merge_key_heads(layer, 2, merge=merge, second_moment=moment)
-        shared = pairs_of(heads_of(merged.key, merged.key_bias, x, 2)).repeat_interleave(2, 0)
-        changed = pairs_of(heads_of(merged.query, merged.query_bias, x, HEADS))
-        factors = (changed / queries).mean(1).view(KEY_HEADS, -1, 3)[:, 0].conj()
-        seen = factors[:, None] * shared
-        errors[merge] = (asked[:, None] * (keys - seen).abs().square()).sum().item()
-    assert errors["complex_svd"] < 0.95 * min(errors["mean"], errors["select"])
+        merged = separate_heads(layer, key_heads, merge=merge, moments=moments_of(x))
+        errors[merge], told[merge] = score_error(layer, merged, x), merged.key_error
+    assert errors["complex_svd"] <= min(errors.values()) * (1 + 1e-4)
+    assert errors["select"] <= score_error(layer, first_of(layer, key_heads), x) * (1 + 1e-4)
+    # What is told of a layer is that, up to what its scores amount to.
+    ratios = [errors[merge] / told[merge] for merge in MERGES]
+    assert max(ratios) <= min(ratios) * (1 + 1e-3)
+
+
+def first_of(layer, key_heads):
+    merged = separate_heads(layer, key_heads, merge="select")
+    heads = layer.key.view(key_heads, -1, DIM, EMBED)[:, 0].flatten(0, 1)
+    if layer.key_bias is None:
+        return dataclasses.replace(merged, key=heads)
+    bias = layer.key_bias.view(key_heads, -1, DIM)[:, 0].flatten()
+    return dataclasses.replace(merged, key=heads, key_bias=bias)
 
 
 def test_the_head_that_is_asked_for_is_selected():
@@ -145,7 +172,7 @@ def test_the_head_that_is_asked_for_is_selected():
     query = layer.query.view(KEY_HEADS, -1, EMBED).clone()
     query[1], query[2] = 0, 0
     layer = dataclasses.replace(layer, query=query.flatten(0, 1))
-    merged = merge_key_heads(layer, 2, merge="select")
+    merged = separate_heads(layer, 2, merge="select")
     keys = layer.key.view(KEY_HEADS, DIM, EMBED)
     assert torch.equal(merged.query, layer.query)
     assert torch.equal(merged.key.view(2, DIM, EMBED), keys[[0, 3]])
@@ -154,7 +181,7 @@ def test_the_head_that_is_asked_for_is_selected():
 @pytest.mark.parametrize("merge", MERGES)
 def test_as_many_heads_leave_every_bit(merge):
     layer = source(bias=True)
-    merged = pool_value_heads(merge_key_heads(layer, KEY_HEADS, merge=merge), KEY_HEADS)
+    merged = separate_heads(layer, KEY_HEADS, KEY_HEADS, merge=merge)
     for name in ("query", "key", "value", "output", "query_bias", "key_bias", "value_bias"):
         assert torch.equal(getattr(merged, name), getattr(layer, name)), name
 
@@ -166,8 +193,8 @@ def test_values_that_are_images_of_one_head_pool_exactly(bias):
     rows[1::2] = random(2, DIM, DIM) @ rows[::2]
     value, value_bias = without_bias_column(rows.flatten(0, 1), layer.value_bias)
     layer = dataclasses.replace(layer, value=value, value_bias=value_bias)
-    moment = moment_of(inputs(200), bias)
-    pooled = pool_value_heads(merge_key_heads(layer, 2), 2, second_moment=moment)
+    pooled = separate_heads(layer, 2, 2, moments=moments_of(inputs(200)))
+    assert pooled.value_error < 1e-9
     assert pooled.value.shape == (2 * DIM, EMBED)
     x = inputs()
     before = contributions(layer, x)
@@ -177,7 +204,8 @@ def test_values_that_are_images_of_one_head_pool_exactly(bias):
 
 def test_pooled_values_err_less_than_their_mean():
     layer, x = source(), inputs(300)
-    pooled = pool_value_heads(merge_key_heads(layer, 2), 2, second_moment=moment_of(x, False))
+    pooled = separate_heads(layer, KEY_HEADS, 2, moments=moments_of(x))
+    assert pooled.key is layer.key and pooled.key_error == 0
     mean = layer.value.view(2, 2, DIM, EMBED).mean(1).flatten(0, 1)
     averaged = dataclasses.replace(pooled, value=mean, output=layer.output)
     expected = contributions(layer, x)
@@ -185,28 +213,33 @@ def test_pooled_values_err_less_than_their_mean():
     assert ours < 0.9 * theirs
 
 
+def test_weights_in_half_precision_are_rounded_once():
+    """What is written in a wider dtype is not that of the source, rounded before."""
+    layer = source()
+    half = {name: getattr(layer, name).half() for name in ("query", "key", "value", "output")}
+    merged = separate_heads(dataclasses.replace(layer, **half), 2, 2)
+    assert {x.dtype for x in (merged.query, merged.key, merged.value, merged.output)} == {
+        torch.float64
+    }
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_key_heads": 3}, "divisor of 4"),
-        ({"num_key_heads": 0}, "divisor of 4"),
+        ({"num_key_heads": 3}, "3 key heads asked for.*divisor of 4"),
+        ({"num_key_heads": 0}, "0 key heads asked for.*divisor of 4"),
+        ({"num_key_heads": 2, "num_value_heads": 3}, "3 value heads asked for.*divisor of 4"),
         ({"num_key_heads": 2, "merge": "median"}, "complex_svd"),
-        ({"num_key_heads": 2, "second_moment": torch.eye(3)}, "second_moment"),
     ],
 )
 def test_what_cannot_be_merged_is_refused(options, message):
     with pytest.raises(ConversionError, match=message):
-        merge_key_heads(source(), **options)
-
-
-def test_value_heads_that_do_not_divide_are_refused():
-    with pytest.raises(ConversionError, match="divisor of 4"):
-        pool_value_heads(merge_key_heads(source(), 2), 3)
+        separate_heads(source(), **options)
 
 
 def test_normalised_heads_can_only_be_selected():
     layer = dataclasses.replace(source(), key_norm=torch.ones(DIM), query_norm=torch.ones(DIM))
     for merge, count in itertools.product(("mean", "complex_svd"), (1, 2)):
         with pytest.raises(ConversionError, match="select"):
-            merge_key_heads(layer, count, merge=merge)
-    assert merge_key_heads(layer, 2, merge="select").num_key_heads == 2
+            separate_heads(layer, count, merge=merge)
+    assert separate_heads(layer, 2, merge="select").num_key_heads == 2

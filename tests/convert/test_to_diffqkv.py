@@ -1,12 +1,13 @@
 """Checkpoints with fewer key heads: what is written, and what is refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from efficient_attn.convert import convert
+from efficient_attn.convert import convert, to_diffqkv
 from efficient_attn.convert.diffqkv import MERGES
 from efficient_attn.errors import ConversionError
 from efficient_attn.integrations.diffqkv_model import DiffQKVForCausalLM
@@ -83,6 +84,65 @@ def test_the_best_multiples_are_closer_than_the_mean(saved, tmp_path):
         convert(folder, tmp_path / merge, "diffqkv", key_heads=1, merge=merge)
         divergences[merge] = verify_folders(folder, tmp_path / merge, tokens()).comparison.mean_kl
     assert divergences["complex_svd"] < 1e-6 < 1e-3 < divergences["mean"]
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-biases"])
+def test_a_text_makes_layers_err_less_and_the_report_tells_by_how_much(family, saved, tmp_path):
+    source, _ = saved(family)
+    errors = {}
+    for merge in MERGES:
+        options = {"key_heads": 1, "value_heads": 1, "merge": merge, "calib": tokens(8)}
+        report = convert(source, tmp_path / merge, "diffqkv", **options)
+        assert report.identity["decisions"]["calibration"]
+        assert not any("calib" in warning for warning in report.warnings)
+        for layer in report.layers:
+            assert 0 < layer["key_error"] < 2 and 0 < layer["value_error"] < 1
+            assert 0 < layer["output_error"] < 2
+        errors[merge] = [layer["key_error"] for layer in report.layers]
+    for svd, *others in zip(errors["complex_svd"], errors["mean"], errors["select"], strict=True):
+        assert svd < min(others)
+    blind = convert(source, tmp_path / "blind", "diffqkv", key_heads=1)
+    assert any("calib" in warning for warning in blind.warnings)
+    fitted = convert(source, tmp_path / "fitted", "diffqkv", key_heads=1, calib=tokens(8))
+    assert fitted.output_files != blind.output_files
+
+
+def test_a_resumed_conversion_ends_with_the_same_bytes(saved, tmp_path, monkeypatch):
+    source, _ = saved("llama")
+    options = {"key_heads": 1, "calib": tokens()}
+    whole = convert(source, tmp_path / "whole", "diffqkv", **options)
+    real, calls = to_diffqkv.separate_heads, []
+
+    def fails_at_the_third(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(to_diffqkv, "separate_heads", fails_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "cut", "diffqkv", **options)
+    monkeypatch.setattr(to_diffqkv, "separate_heads", real)
+    resumed = convert(source, tmp_path / "cut", "diffqkv", resume=True, **options)
+    assert resumed.output_files == whole.output_files
+
+
+def test_a_dry_run_reads_and_writes_nothing(saved, tmp_path):
+    source, _ = saved("llama")
+    options = {"key_heads": 1, "calib": tmp_path / "nowhere", "dry_run": True}
+    report = convert(source, tmp_path / "out", "diffqkv", **options)
+    assert report.bytes_per_token == {"before": 3 * 48 * 4, "after": 3 * 36 * 4}
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "diffqkv"])
+def test_another_architecture_is_refused_by_name(kind, saved, tmp_path):
+    source, _ = saved("llama")
+    shutil.copytree(source, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config | {"model_type": kind}))
+    with pytest.raises(ConversionError, match=f"model_type is '{kind}'; conversion knows llama"):
+        convert(tmp_path / "source", tmp_path / "out", "diffqkv", key_heads=1)
 
 
 def test_nothing_of_a_window_is_left_in_the_config(saved, tmp_path):

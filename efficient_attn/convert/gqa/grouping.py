@@ -156,14 +156,14 @@ def _assemble(
         return weights
     changed = {"num_kv_heads": len(groups)}
     for name, pools in (("key", key_pools), ("value", value_pools)):
-        changed[name] = _written(getattr(weights, name), groups, pools, count)
-        changed[f"{name}_bias"] = _written(getattr(weights, f"{name}_bias"), groups, pools, count)
+        changed[name] = written(getattr(weights, name), groups, pools, count)
+        changed[f"{name}_bias"] = written(getattr(weights, f"{name}_bias"), groups, pools, count)
     key_read, value_read = (
-        _by_query_head(pools, share) if any(p.read is not None for p in pools) else None
+        by_query_head(pools, share) if any(p.read is not None for p in pools) else None
         for pools in (key_pools, value_pools)
     )
     for name in ("query", "query_bias"):
-        changed[name] = _read_by_queries(getattr(weights, name), key_read, order, weights.num_heads)
+        changed[name] = read_by_queries(getattr(weights, name), key_read, order, weights.num_heads)
     per_head = rearrange(weights.output, "o (h d) -> h o d", h=weights.num_heads)[order]
     if value_read is not None:
         per_head = per_head.double() @ value_read
@@ -171,7 +171,7 @@ def _assemble(
     return replace(weights, **changed)
 
 
-def _written(
+def written(
     rows: Tensor | None, groups: partitions.Groups, pools: list[Pool], count: int
 ) -> Tensor | None:
     """The rows of a projection, or of its bias, of the heads that are left."""
@@ -187,9 +187,10 @@ def _written(
     return _like(torch.cat(shared), rows)
 
 
-def _read_by_queries(
+def read_by_queries(
     rows: Tensor | None, read: Tensor | None, order: Tensor, heads: int
 ) -> Tensor | None:
+    """The rows of the query projection, or of its bias, for key heads that are read by ``read``."""
     if rows is None:
         return None
     per_head = rows.view(heads, -1, *rows.shape[1:])[order]
@@ -198,8 +199,13 @@ def _read_by_queries(
     return _like(per_head.flatten(0, 1), rows)
 
 
-def _by_query_head(pools: list[Pool], share: int) -> Tensor:
-    """How each query head, in the new order, reads its head: ``(H, d, d)``."""
+def by_query_head(pools: list[Pool], share: int) -> Tensor:
+    """How each query head, in the new order, reads its head: ``(H, d, d)``.
+
+    Args:
+        pools: Of all groups.
+        share: Query heads of each head of the source.
+    """
     found = []
     for each in pools:
         dim, count, _ = each.write.shape
