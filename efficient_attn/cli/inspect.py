@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.table import Table
 
 from efficient_attn.cli._converting import errors_in_one_line
@@ -18,13 +19,28 @@ if TYPE_CHECKING:
 def inspect(
     src: Annotated[Path, typer.Argument(help="Folder of a model.")],
 ) -> None:
-    """Check a checkpoint, and show its attention and what it can become; no weight is read."""
-    from efficient_attn.convert.pipeline import open_source
-    from efficient_attn.convert.to_mla import verdicts
+    """Check a checkpoint, and show its attention and what it can become; no weight is read.
 
-    with errors_in_one_line():
-        source = open_source(src)
+    Of a converted one, the report of its conversion is shown.
+    """
+    from efficient_attn.convert.checkpoint import Checkpoint
+    from efficient_attn.convert.pipeline import report_in
+    from efficient_attn.convert.source import Source
+    from efficient_attn.convert.to_mla import verdicts
+    from efficient_attn.errors import ConversionError
+
     console = Console()
+    with errors_in_one_line():
+        checkpoint = Checkpoint.open(src)
+        report = report_in(src)
+        if report is not None:
+            console.print(Markdown(report.markdown()))
+        try:
+            source = Source.open(checkpoint)
+        except ConversionError:
+            if report is None:
+                raise
+            return  # what it was converted to cannot be converted further
     console.print(_facts(source))
     table = Table("conversion", "target", "possible without loss")
     if not source.family.causal:

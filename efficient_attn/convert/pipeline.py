@@ -160,13 +160,26 @@ def _version() -> str:
         return "not installed"
 
 
+def report_in(folder: Path) -> ConversionReport | None:
+    """What a conversion wrote of itself into its output; None in any other folder.
+
+    Raises:
+        ConversionError: What is there is no such report.
+    """
+    if not (folder / REPORT).exists():
+        return None
+    told = parse_json(read_bounded(folder / REPORT, MAX_CONFIG_BYTES), REPORT)
+    try:
+        return ConversionReport(**told)
+    except TypeError as error:
+        raise ConversionError(f"{folder / REPORT} is no report of a conversion: {error}") from error
+
+
 def _finished(destination: Path, identity: Mapping[str, object]) -> ConversionReport | None:
     """The report of an equal conversion that the destination holds already."""
-    if not (destination / REPORT).exists():
-        return None
-    told = parse_json(read_bounded(destination / REPORT, MAX_CONFIG_BYTES), REPORT)
-    same = told.get("identity") == json.loads(json.dumps(identity))
-    return ConversionReport(**told) if same else None
+    found = report_in(destination)
+    same = found is not None and found.identity == json.loads(json.dumps(identity))
+    return found if same else None
 
 
 def _copied(folder: Path) -> Iterator[tuple[str, bytes]]:

@@ -112,6 +112,25 @@ def test_heads_are_shared_by_one_text_and_measured_on_another(source, made, tmp_
     assert "from 1 to 2" in shown and not (tmp_path / "no").exists()
 
 
+def test_key_heads_are_merged_by_one_text_and_what_was_written_can_be_inspected(
+    source, made, tmp_path
+):
+    other = made.parent / "calibration.txt"
+    other.write_text("d e f g h i a b c n m l k j " * 100)
+    out, text = tmp_path / "out", ["--text", made.parent / "text.txt", "--text-tokens", 128]
+    options = ["--key-heads", 1, "--calib", other, "--calib-tokens", 128]
+    shown = run("convert", "diffqkv", source, out, *options, *text)
+    assert "output_error" in shown and "LlamaForCausalLM before, DiffQKVForCausalLM after" in shown
+    assert "256 before, 192 after" in run("verify", source, out, *text)
+    shown = run("inspect", out)
+    assert "diffqkv" in shown and "key_error" in shown and "train it a little" in shown
+    assert "0.750" in shown  # 192 bytes of 256
+    shown = run("convert", "diffqkv", out, tmp_path / "again", "--key-heads", 1, code=2)
+    assert "model_type is 'diffqkv'" in shown and not (tmp_path / "again").exists()
+    (out / "conversion.json").write_text('{"method": "diffqkv"}')
+    assert "no report of a conversion" in run("inspect", out, code=2)
+
+
 def test_a_bound_that_is_exceeded_is_exit_code_1(source, made, tmp_path):
     out = tmp_path / "out"
     run("convert", "mla", source, out, "--dtype", "bfloat16")
