@@ -1,8 +1,8 @@
 """Train a converted model towards the model it came from, to win back what its smaller cache cost.
 
 The parent teaches: its logits are the target, beside the text itself, and in the first steps so
-are the outputs of its attention layers. A converted model is trained in its native form, and
-exported to other forms afterwards::
+are the outputs of its attention layers. It may be converted to anything; latent attention is
+trained in its native form, and exported to other forms afterwards::
 
     python examples/recover_mla.py PARENT CONVERTED RECOVERED --text train.txt --steps 2000
     torchrun --nproc-per-node 8 examples/recover_mla.py PARENT CONVERTED RECOVERED ...
@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from efficient_attn.integrations.converted import load_converted
+from efficient_attn.integrations.verification import load
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def recover(
     """Train ``student`` in place on a row of tokens.
 
     Args:
-        student: A natively converted model in fp32; with several processes, of :func:`shard`.
+        student: A converted model in fp32; with several processes, of :func:`shard`.
         parent: What it was converted from, likewise.
         stream: ``(tokens,)``, more than ``recipe.length`` of them.
         recipe: How.
@@ -222,9 +222,20 @@ def tokens_of(files: Sequence[Path], tokenizer) -> Tensor:
     return torch.tensor(stream)
 
 
+def load_to_train(folder: Path) -> PreTrainedModel:
+    """A converted model in fp32, of a form that training does not ruin."""
+    model = load(folder, dtype=torch.float32)
+    if model.config.model_type == "deepseek_v3":
+        raise typer.BadParameter(
+            f"{folder} is an export, some of whose rows are too small for an optimiser's steps; "
+            "convert to the native target, train that, and export it."
+        )
+    return model
+
+
 def main(
     parent: Annotated[Path, typer.Argument(help="The model that was converted.")],
-    converted: Annotated[Path, typer.Argument(help="Its native conversion.")],
+    converted: Annotated[Path, typer.Argument(help="Its conversion; to MLA, the native one.")],
     recovered: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
     text: Annotated[list[Path], typer.Option(help="Text to train on; may be repeated.")],
     steps: Annotated[int, typer.Option(help="Number of updates.")] = Recipe.steps,
@@ -250,7 +261,7 @@ def main(
         tokenizer = AutoTokenizer.from_pretrained(parent)
         stream = tokens_of(text, tokenizer)
         teaching = shard(AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32))
-        student = shard(load_converted(converted, dtype=torch.float32))
+        student = shard(load_to_train(converted))
         first = _rank_and_world()[0] == 0
         with tqdm(total=steps, unit="step", disable=not first) as bar:
 

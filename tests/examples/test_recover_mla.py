@@ -19,6 +19,7 @@ sys.path.insert(0, str(EXAMPLES))
 from recover_mla import Recipe, main, recover, schedule, sequences  # noqa: E402
 from typer import BadParameter  # noqa: E402
 
+from efficient_attn.convert import convert  # noqa: E402
 from efficient_attn.convert.checkpoint import Checkpoint  # noqa: E402
 from efficient_attn.convert.mla import rorope  # noqa: E402
 from efficient_attn.convert.source import Source  # noqa: E402
@@ -146,6 +147,34 @@ def test_every_step_sees_other_text_and_rates_rise_and_fall():
     assert len(starts) == 40 and max(starts) - min(starts) > 900
     rates = [schedule(step, 100) for step in range(100)]
     assert rates[0] == pytest.approx(1 / 3) and max(rates) == 1 and rates[-1] < 0.11
+
+
+def test_an_augmented_query_is_trained_from_no_effect_to_one(folders):
+    """Two steps of fewer key heads: what is stored is loaded by the Auto classes."""
+    options_of_diffqkv = {"key_heads": 1, "augmented_query_dim": 16}
+    convert(folders / "parent", folders / "diffqkv", "diffqkv", **options_of_diffqkv)
+    given = options(folders, "diffqkv-recovered") | {"converted": folders / "diffqkv", "steps": 2}
+    main(**given)
+    before, after = (
+        transformers.AutoModelForCausalLM.from_pretrained(folders / name).eval()
+        for name in ("diffqkv", "diffqkv-recovered")
+    )
+    assert type(after).__name__ == "DiffQKVForCausalLM" and after.config.num_key_heads == 1
+    weights, trained = before.state_dict(), after.state_dict()
+    for layer in range(2):
+        name = f"model.layers.{layer}.self_attn."
+        assert not weights[name + "q_down_proj.weight"].any()
+        for part in ("q_down", "q_gate", "q", "k", "v", "o"):
+            assert not torch.equal(
+                weights[name + f"{part}_proj.weight"], trained[name + f"{part}_proj.weight"]
+            )
+
+
+def test_an_export_is_not_trained(folders):
+    convert(folders / "parent", folders / "export", "mla", target="hf-deepseek")
+    with pytest.raises(BadParameter, match="too small for an optimiser"):
+        main(**options(folders, "no") | {"converted": folders / "export"})
+    assert not (folders / "no").exists()
 
 
 def test_refusals_tell_the_reason(folders):
