@@ -134,24 +134,27 @@ def test_checkpointed_training_has_the_same_gradients(heads):
         torch.testing.assert_close(plain, checkpointed)
 
 
-@pytest.mark.parametrize("heads", ["nested", "not nested"])
-def test_heads_split_over_two_ranks_add_up(heads):
+@pytest.mark.parametrize(
+    ("heads", "ranks", "more"),
+    [("nested", 2, {}), ("not nested", 2, {}), ("not nested", 4, {"num_value_heads": 12})],
+)
+def test_heads_split_over_ranks_add_up(heads, ranks, more):
     """What the plan for tensor parallelism does, rank by rank, without a process group."""
-    made = model(heads).model.layers[0].self_attn
+    made = model(heads, **more).model.layers[0].self_attn
     x, config = torch.randn(1, 9, SIZES["hidden_size"]), made.config
-    turn = model(heads).model.rotary_emb(x, torch.arange(9)[None])
+    turn = model(heads, **more).model.rotary_emb(x, torch.arange(9)[None])
     whole, _ = made(x, turn)
     column = "q_down_proj" if config.augmented_query_dim else "q_proj"
     assert config.base_model_tp_plan[f"layers.*.self_attn.{column}"] == "colwise"
-    halves = []
-    for rank in range(2):
-        part = model(heads).model.layers[0].self_attn
+    parts = []
+    for rank in range(ranks):
+        part = model(heads, **more).model.layers[0].self_attn
         for name in (column, "k_proj", "v_proj"):
             weight = getattr(part, name).weight
-            weight.data = weight.data.chunk(2)[rank]
-        part.o_proj.weight.data = part.o_proj.weight.data.chunk(2, dim=1)[rank]
-        halves.append(part(x, turn)[0])
-    torch.testing.assert_close(sum(halves), whole)
+            weight.data = weight.data.chunk(ranks)[rank]
+        part.o_proj.weight.data = part.o_proj.weight.data.chunk(ranks, dim=1)[rank]
+        parts.append(part(x, turn)[0])
+    torch.testing.assert_close(sum(parts), whole)
 
 
 @pytest.mark.parametrize(

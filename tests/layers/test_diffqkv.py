@@ -139,6 +139,49 @@ def test_folding_twice_is_refused():
         layer(augmented_query_dim=4).fold_q_proj().fold_q_proj()
 
 
+@pytest.mark.parametrize("rotary", [None, RotaryEmbedding(4)], ids=["plain", "rotary"])
+def test_a_widened_key_is_a_narrow_query_of_factored_weights(rotary):
+    options = {"key_head_dim": 4, "rotary": rotary, "scale": 0.3}
+    widened = layer(4, 6, key_compress="linear_up", **options)
+    direct = layer(4, 6, **options)
+    heads = widened.q_proj.weight.detach().view(4, HEADS // 4, 8, EMBED)
+    absorbed = torch.einsum("kgue,kud->kgde", heads, widened.key_up.detach())
+    kept = {name: x for name, x in widened.state_dict().items() if name != "key_up"}
+    direct.load_state_dict(kept | {"q_proj.weight": absorbed.flatten(0, 2)})
+    x = tokens()
+    torch.testing.assert_close(widened(x), direct(x), rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_cached_are_turned_keys_and_values_as_projected():
+    module = layer(4, 6, rotary=RotaryEmbedding(8))
+    x = tokens()
+    cache = StaticCache(module.cache_rows, BATCH, TOKENS, dtype=torch.float64)
+    with torch.no_grad():
+        module(x, cache=cache)
+        key, value = cache.filled()
+        heads = module.k_proj(x).unflatten(-1, (4, 8)).transpose(1, 2)
+        assert torch.equal(key, module.rotary(heads))
+        assert torch.equal(value, module.v_proj(x).unflatten(-1, (6, 8)).transpose(1, 2))
+
+
+def test_compiles_whole_with_dynamic_shapes():
+    module = layer(4, 6, augmented_query_dim=10, key_head_dim=4, key_compress="linear_up")
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        for count in (5, 8):
+            torch.testing.assert_close(compiled(tokens(count)), module(tokens(count)))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 16])
+def test_any_chunks_give_the_rows_of_one_prefill(chunk, one_thread, poisoned_memory):
+    module = layer(4, 6, rotary=RotaryEmbedding(8), v_head_dim=5)
+    x = tokens()
+    cache = StaticCache(module.cache_rows, BATCH, TOKENS, dtype=torch.float64)
+    with torch.no_grad():
+        chunks = [module(part, cache=cache) for part in x.split(chunk, 1)]
+        torch.testing.assert_close(torch.cat(chunks, 1), module(x), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("key_compress", ["direct", "linear_up"])
 def test_decoding_gives_the_rows_of_one_prefill(key_compress, one_thread, poisoned_memory):
     module = layer(
