@@ -47,6 +47,7 @@ SIGMA = Heads("diff32-4-16", 32, 4, 16)
 SIGMA_64 = Heads("diff32-4-16", 32, 4, 16, 64, 64)
 GQA_16 = Heads("gqa32-16", 32, 16, 16)
 GQA_16_64 = Heads("gqa32-16", 32, 16, 16, 64, 64)
+HALF_SIGMA = Heads("diff32-2-8", 32, 2, 8)
 MLA = {q: Heads(f"heads{q}", q, 1, 1, 576, 512, {"op": "mla_decode"}) for q in (16, 32, 64, 128)}
 
 
@@ -147,6 +148,19 @@ def _mla_cpu() -> list[Workload]:
     ]
 
 
+# The rows of ``efficient-attn plan``, and who has the same number of key heads as of value heads.
+PLANNED = (MHA, GQA_16, LLAMA, MQA, MLA[32], SIGMA, HALF_SIGMA)
+
+
+def _plan_cpu() -> list[Workload]:
+    cached = partial(_cached, "plan", "cpu")
+    return [
+        *cached(LLAMA, BF16, 1024, quick=True),
+        *(one for heads in PLANNED for one in cached(heads, BF16, 16384)),
+        *(one for heads in PLANNED for one in cached(heads, FP32, 8192)),
+    ]
+
+
 def _decode_cuda() -> list[Workload]:
     cached = partial(_cached, "decode", "cuda")
     return [
@@ -199,9 +213,15 @@ def _mla_cuda() -> list[Workload]:
     ]
 
 
+def _plan_cuda() -> list[Workload]:
+    cached = partial(_cached, "plan", "cuda", replayed=True, rank=3)
+    return [one for heads in PLANNED for one in cached(heads, BF16, 65536)]
+
+
 CACHE_SUITES: dict[str, list[Workload]] = {
     "decode": [*_decode_cpu(), *_decode_cuda()],
     "decode-maps": [*_maps_cpu(), *_maps_cuda()],
     "decode-selective": [*_selective_cpu(), *_selective_cuda()],
     "decode-mla": [*_mla_cpu(), *_mla_cuda()],
+    "plan": [*_plan_cpu(), *_plan_cuda()],
 }

@@ -16,6 +16,7 @@ from bench.generate import ratio_to_torch
 from bench.goals import devices, goal_rows, timings
 from bench.grouping_report import grouping_rows
 from bench.key_driven import HEADS, layer_rows
+from bench.plan_report import plan_rows
 from bench.quality_report import quality_rows
 from bench.recovery_report import recovery_rows
 from bench.replay import replay_rows
@@ -63,6 +64,7 @@ def markdown(records: list[dict]) -> str:
         *conversion_rows(records),
         *grouping_rows(records),
         *recovery_rows(records),
+        *plan_rows(records),
     )
     for heading, (heads, *rows) in quoted:
         tables.append(f"**{heading}**\n\n{_table(heads, rows)}")

@@ -64,7 +64,7 @@ def _contiguous(sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _maps(suite: str, device: str, dtype: str, dim: int, q: int, uneven: tuple[int, ...]) -> dict:
-    """The head maps that no stock kernel takes, beside the one that some do."""
+    """The head maps that no stock kernel takes, beside those that some do."""
     kv = len(uneven)
     dims = {"d_qk": dim, "d_v": dim}
     ragged, permuted = _contiguous(uneven), tuple(h % kv for h in range(q))
@@ -78,6 +78,7 @@ def _maps(suite: str, device: str, dtype: str, dim: int, q: int, uneven: tuple[i
             suite, device, dtype, q, kv, kv, q_to_k=permuted, q_to_v=permuted, **dims
         ),
         f"mqa{q}": _heads(suite, device, dtype, q, 1, 1, **dims),
+        f"gqa{q}-{many}": _heads(suite, device, dtype, q, many, many, **dims),
         f"diff{q}-{few}-{many}": _heads(suite, device, dtype, q, few, many, **dims),
         f"diff{q}-{few}-{many}-half": _heads(suite, device, dtype, q, few, many, **half_keys),
     }
