@@ -33,7 +33,8 @@ from bench.measure import clock_for
 from bench.pages import filled
 from bench.plot import draw
 from bench.providers import PROVIDERS, Provider, reasons_against
-from bench.replay import print_replay, replay
+from bench.replay import replay, replay_rows
+from bench.replay_steps import step_rows, time_steps
 from bench.report import ResultsFile, print_summary, read_records
 from bench.runner import run_workload
 from bench.suites import SUITES, select
@@ -172,10 +173,18 @@ def replay_sigma(
         list[int] | None,
         typer.Option(help="Cached tokens; may be repeated. Default: 2048, 4096, 16384 and 32768."),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Annotated[
+        str, typer.Option(help="Of decoding: bfloat16, float16 or float32.")
+    ] = "bfloat16",
+    step_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens of a prefill and a training step in fp32; 0: none.")
+    ] = 1024,
     out: Output = Path("bench-out/replay.jsonl"),
 ) -> None:
-    """Replay the decoding experiment of the Sigma paper, without a cache that copies itself."""
+    """Replay the decoding experiment of the Sigma paper, without a cache that copies itself.
+
+    Then time a prefill and a training step of one layer, which the paper does not.
+    """
     if device == "cuda":
         _need_cuda()
     if dtype not in ("bfloat16", "float16", "float32"):
@@ -184,7 +193,15 @@ def replay_sigma(
         results.write({"kind": "environment", **describe(device)})
         for length in prefix or (2048, 4096, 16384, 32768):
             replay(length, getattr(torch, dtype), device, results.write)
-    print_replay(read_records(out), console)
+        if step_tokens:
+            clock = clock_for(device)
+            time_steps(step_tokens, torch.float32, device, clock, results.write)
+    for rows_of in (replay_rows, step_rows):
+        heads, *rows = rows_of(read_records(out))
+        table = Table(*heads)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
     console.print(f"records: {out}")
 
 

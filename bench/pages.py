@@ -20,6 +20,7 @@ from bench.plan_report import plan_rows
 from bench.quality_report import quality_rows
 from bench.recovery_report import recovery_rows
 from bench.replay import replay_rows
+from bench.replay_steps import step_rows
 from bench.report import (
     NOT_MEASURED,
     environment_of,
@@ -57,7 +58,7 @@ def markdown(records: list[dict]) -> str:
         _bytes_table(records),
         _generation_table(records),
         _table(HEADS, layer_rows(records)),
-        _replay_table(records),
+        *(_table(heads, rows) for heads, *rows in (replay_rows(records), step_rows(records))),
     ]
     quoted = (
         *quality_rows(records),
@@ -217,11 +218,6 @@ def _generation_table(records: list[dict]) -> str:
         if record["kind"] == "generate"
     ]
     return _table(("context", "attention, cache", "tokens/s", "ratio", "error of the logits"), rows)
-
-
-def _replay_table(records: list[dict]) -> str:
-    heads, *rows = replay_rows(records)
-    return _table(heads, rows)
 
 
 def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

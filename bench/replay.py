@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from statistics import median
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from bench.runner import Write
@@ -153,15 +151,6 @@ def _plainly(query: Tensor, cache: StaticCache) -> Tensor:
     packed = query.view(1, key.shape[1], -1, DIM)
     scores = (packed * DIM**-0.5 @ key.mT).float().softmax(-1).to(query.dtype)
     return (scores @ value).view(1, HEADS, 1, DIM)
-
-
-def print_replay(records: list[dict], console: Console) -> None:
-    """Milliseconds per token of each part, and the ratio to the baseline."""
-    heads, *rows = replay_rows(records)
-    table = Table(*heads)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
 
 
 def replay_rows(records: list[dict]) -> list[tuple[str, ...]]:
