@@ -302,6 +302,22 @@ def grouping(
 
 
 @app.command()
+def diffqkv(
+    rows: Annotated[int, typer.Option(help="Rows of text to judge by.")] = 32,
+    length: Annotated[int, typer.Option(help="Tokens in a row, at most 2048.")] = 512,
+    calibration_rows: Annotated[int, typer.Option(help="Rows of text to calibrate on.")] = 64,
+    out: Output = Path("bench-out/diffqkv.jsonl"),
+) -> None:
+    """Measure what the example model loses when it gets fewer key heads, by rule."""
+    from bench.diffqkv import measure
+
+    with ResultsFile(out) as results:
+        results.write({"kind": "environment", **describe("cpu")})
+        measure(results.write, length=length, rows=rows, calibration_rows=calibration_rows)
+    console.print(f"records: {out}")
+
+
+@app.command()
 def gpu(
     out: Output = Path("bench-out/gpu"),
     minutes: Annotated[float, typer.Option(help="Time for everything together.")] = 9.0,

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from bench.conversion_report import conversion_rows
+from bench.diffqkv_report import diffqkv_rows
 from bench.environment import ROOT
 from bench.generate import ratio_to_torch
 from bench.goals import devices, goal_rows, timings
@@ -66,6 +67,7 @@ def markdown(records: list[dict]) -> str:
         *grouping_rows(records),
         *recovery_rows(records),
         *plan_rows(records),
+        *diffqkv_rows(records),
     )
     for heading, (heads, *rows) in quoted:
         tables.append(f"**{heading}**\n\n{_table(heads, rows)}")

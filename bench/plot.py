@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from bench.conversion_report import conversion_figure
+from bench.diffqkv_report import diffqkv_figure
 from bench.grouping_report import grouping_figure
 from bench.quality_report import quality_figure
 from bench.recovery_report import recovery_figure
@@ -51,6 +52,7 @@ def draw(records: list[dict], folder: Path) -> list[Path]:
         "conversion": conversion_figure,
         "grouping": grouping_figure,
         "recovery": recovery_figure,
+        "diffqkv": diffqkv_figure,
     }
     written = []
     for name, make in figures.items():

@@ -1,25 +1,21 @@
 """Train one small language model with each arrangement of heads, and compare loss with cache.
 
 All have the same number of parameters to within a thousandth, because the feed-forward layers take
-up what attention leaves over, and see the same tokens in the same order. Runs are written one by
-one, and those already written are not repeated::
+up what attention leaves over, and see the same tokens in the same order. Every run is one line of a
+file, which may hold other records, and runs that it has already are not repeated::
 
-    python examples/train_diffqkv.py run --steps 250 --seeds 2 --out runs.jsonl
-    python examples/train_diffqkv.py report runs.jsonl --plot runs.png
+    python examples/train_diffqkv.py run --steps 250 --seeds 3 --out runs.jsonl
+    python -m bench plot runs.jsonl --out .
 
 The text and the way of training are those of ``train_language_model.py``.
 """
 
 import json
-import statistics
-from collections import defaultdict
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 from train_language_model import (
     MODEL_FOLDER,
@@ -58,6 +54,11 @@ VARIANTS = {
 app = typer.Typer(add_completion=False, help=__doc__.split("\n")[0])
 
 
+@app.callback()
+def main() -> None:
+    """Keep ``run`` a name, for there may be more."""
+
+
 @app.command()
 def run(
     out: Annotated[Path, typer.Option(help="Where one line per run is added.")],
@@ -67,12 +68,14 @@ def run(
     """Train what is missing in a file of runs, seed by seed."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
     stream, held_back = (token_stream(tokenizer, split) for split in ("train", "test"))
-    done = {(r["variant"], r["seed"], r["steps"]) for r in read(out)} if out.exists() else set()
+    records = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    done = {(r["variant"], r["seed"], r["steps"]) for r in records if r["kind"] == "trained"}
     wanted = [(name, seed) for seed in range(seeds) for name in VARIANTS]
     for name, seed in tqdm([run for run in wanted if (*run, steps) not in done], unit="run"):
         model = build(name, len(tokenizer), seed)
         fit(model, stream, steps, seed)
         record = {
+            "kind": "trained",
             "variant": name,
             "seed": seed,
             "steps": steps,
@@ -83,30 +86,6 @@ def run(
         }
         with out.open("a") as lines:
             lines.write(json.dumps(record) + "\n")
-
-
-@app.command()
-def report(
-    runs: Annotated[Path, typer.Argument(help="What `run` wrote.")],
-    plot: Annotated[Path | None, typer.Option(help="Draw loss against cache here.")] = None,
-) -> None:
-    """Print the mean loss of every variant, its spread over seeds, and its cache."""
-    losses, facts = defaultdict(list), {}
-    for record in read(runs):
-        losses[record["variant"]].append(record["test_loss"])
-        facts[record["variant"]] = record
-    table = Table("variant", "numbers/token", "parameters", "test loss", "seeds apart")
-    for name, values in losses.items():
-        table.add_row(
-            name,
-            str(facts[name]["cache_numbers_per_token"]),
-            f"{facts[name]['parameters']:,}",
-            f"{statistics.mean(values):.3f}",
-            f"{max(values) - min(values):.3f}",
-        )
-    Console().print(table)
-    if plot is not None:
-        draw(losses, facts, plot)
 
 
 def build(name: str, vocabulary: int, seed: int) -> DiffQKVForCausalLM:
@@ -147,27 +126,6 @@ def cache_numbers(model: DiffQKVForCausalLM) -> int:
     """What all layers keep of a token."""
     rows = (layer.self_attn.cache_rows for layer in model.model.layers)
     return sum(row.bytes_per_token(torch.float32) for row in rows) // 4
-
-
-def read(path: Path) -> list[dict]:
-    """The records of a file of runs."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def draw(losses: dict[str, list[float]], facts: dict[str, dict], path: Path) -> None:
-    """One point per run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for name, values in losses.items():
-        cache = facts[name]["cache_numbers_per_token"]
-        axes.plot([cache] * len(values), values, "o", label=name)
-    axes.set(xlabel="cached numbers per token", ylabel="test loss, nats per token")
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":
