@@ -26,7 +26,7 @@ DRAWN = {
     "window": ("black", "--"),
     "published": ("#9a9a9a", "-"),
     "window, samples": ("#0b6e4f", "-"),
-    "leaves, samples": ("#4281a4", "-"),
+    "leaves, samples, no limit": ("#4281a4", "-"),
     "window, blocks": ("#e08e45", "-"),
     "window, blocks, samples": ("#c1666b", "-"),
 }
