@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 
 from efficient_attn import ConversionError
 from efficient_attn.convert import convert
+from efficient_attn.convert.activations import Activations
 from efficient_attn.convert.mla import CompressOptions
 from efficient_attn.convert.mla_compress import CompressedLayers
 from efficient_attn.convert.pipeline import open_source
@@ -82,7 +83,6 @@ def test_a_stock_model_computes_the_layers_that_were_chosen(saved, tmp_path, cal
     rope_dim = sizes["qk_rope_head_dim"]
     table = stock.model.rotary_emb.inv_freq
     layers = CompressedLayers(open_source(folder), 24, rope_dim, QUICK, table=table)
-    from efficient_attn.convert.activations import Activations
     from efficient_attn.integrations.converted import replace_attention
 
     layers.settle(Activations(open_source(folder), calib), one_table=True)
@@ -241,3 +241,28 @@ def test_a_grid_that_leaves_no_room_is_told_with_the_fold_that_would(saved, tmp_
         convert(folder, tmp_path / "out", choices=CompressOptions.paper(fold=1), **options)
     report = convert(folder, tmp_path / "out", choices=CompressOptions.paper(fold=2), **options)
     assert report.identity["decisions"]["qk_rope_head_dim"] == 6
+
+
+def test_outputs_are_fitted_to_bring_hidden_states_back(saved, tmp_path, calib):
+    """On the text that all is fitted to, the model comes nearer to its source."""
+    folder, model = saved("qwen2")
+    divergence = {}
+    for refit in (False, True):
+        out = tmp_path / str(refit)
+        choices = dataclasses.replace(QUICK, refit_output=refit)
+        convert(folder, out, mode="compress", kv_ratio=0.5, choices=choices, calib=calib)
+        converted = load_converted(out)
+        divergence[refit] = verify(
+            lambda t: logits(model, t), lambda t, c=converted: logits(c, t), [calib]
+        ).mean_kl
+    assert divergence[True] < 0.9 * divergence[False]
+
+
+def test_behind_layers_that_lose_nothing_the_source_flows(saved, calib):
+    source = open_source(saved("llama")[0])
+    layers = CompressedLayers(source, 48, 24, QUICK)
+    layers.settle(Activations(source, calib), one_table=False)
+    for index in range(3):
+        for x, y in zip(layers.flow.states(), layers.behind.states(), strict=True):
+            torch.testing.assert_close(y, x, rtol=0, atol=1e-4)
+        layers.convert(index)
