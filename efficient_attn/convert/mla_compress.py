@@ -142,7 +142,7 @@ class CompressedLayers:
         ``key_error`` and ``value_error`` are expected mean squares of the change of the layer's
         output. ``output_error`` is its relative change on the first calibration tokens;
         ``rope_error`` is that of turning less alone, and ``rank_error`` that of what it adds to
-        cache less.
+        cache less. ``latent_mean_square_seen`` is the largest of a latent on those tokens.
         """
         if self.flow.layer > index:
             self.flow.restart()
@@ -153,6 +153,8 @@ class CompressedLayers:
         weights, moments, found = self._current()
         notes = {"key_error": found.key_error, "value_error": found.value_error}
         notes |= self._errors(weights, moments, found)
+        if weights.query_norm is None:
+            notes["latent_mean_square_seen"] = self._latent_mean_square(found.weights)
         self._advance(found)
         return found.weights, notes
 
@@ -239,6 +241,11 @@ class CompressedLayers:
             "output_error": (got, expected),
         }
         return {name: float((x - y).norm() / size) for name, (x, y) in pairs.items()}
+
+    def _latent_mean_square(self, weights: LatentAttentionWeights) -> float:
+        """The largest on the first calibration tokens, where stock classes have only a bound."""
+        down = weights.latent_down[: weights.kv_lora_rank].float()
+        return float((self.flow.first_input() @ down.mT).square().mean(-1).max())
 
     def _at_most(self, numbers: float) -> int:
         """So many numbers, or as many as a layer can use, or as few as it can have."""

@@ -20,6 +20,8 @@ from efficient_attn.convert.output import Output
 from efficient_attn.convert.pipeline import Checks, Part
 from efficient_attn.convert.source import Source
 
+# What kernels for CUDA take.
+LARGEST_ROW, LARGEST_HEAD = 640, 256
 # What Python and torch take before anything is done.
 LIBRARIES = 400_000_000
 
@@ -78,7 +80,14 @@ class NativeTarget(Output):
 
     def warnings(self) -> list[str]:
         """What a user should know before using the output."""
-        return []
+        row = max(each.kv_lora_rank + each.qk_rope_head_dim for each in self.sizes)
+        head = max(each.qk_nope_head_dim + each.qk_rope_head_dim for each in self.sizes)
+        if row <= LARGEST_ROW and head <= LARGEST_HEAD:
+            return []
+        return [
+            f"on CUDA this package has kernels for rows of up to {LARGEST_ROW} numbers and heads "
+            f"of up to {LARGEST_HEAD}; here rows have {row} and heads {head}."
+        ]
 
     def checks(self, rows: Tensor) -> Checks | None:
         """What makes files for checking the output where it is used, on such tokens."""
@@ -157,3 +166,7 @@ class FactoredTarget(NativeTarget):
         config, dim = self.source.config, self.source.config["head_dim"]
         ups = 2 * config["num_attention_heads"] * config["num_key_value_heads"] * dim**2
         return self._source_attention() + ups + len(self.layers.table)
+
+    def warnings(self) -> list[str]:
+        """What a user should know before using the output."""
+        return ["every step expands all that is cached: train this form, and serve another."]

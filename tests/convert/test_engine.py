@@ -178,6 +178,8 @@ def test_a_scaled_table_becomes_the_nearest_of_engines_if_that_is_allowed(
     stock = AutoModelForCausalLM.from_pretrained(folder)
     assert stock.model.rotary_emb.attention_scaling == 1.0
     report = json.loads((folder / "conversion.json").read_text())
+    for note in report["layers"]:
+        assert 0 < note["latent_mean_square_seen"] <= note["latent_mean_square"]
     assert any("long contexts lose more" in warning for warning in report["warnings"])
 
 

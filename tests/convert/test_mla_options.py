@@ -272,6 +272,9 @@ def test_warnings_say_what_the_output_must_be_spared(saved, tmp_path):
     assert convert(saved("llama")[0], tmp_path / "native").warnings == [
         warning for warning in report.warnings if "devices" in warning
     ]
+    factored = {"mode": "exact", "factor": "svd"}
+    (told, _) = convert(saved("llama")[0], tmp_path / "factored", **factored).warnings
+    assert "train this form" in told
 
 
 def test_what_one_scale_per_tensor_would_do(saved, tmp_path):

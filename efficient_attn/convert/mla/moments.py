@@ -80,7 +80,7 @@ class MomentAccumulator:
         else:
             w, x = self._there, x.double()
             rows = torch.cat([heads_of(w, x, name).flatten(-2) for name in ("key", "value")], -1)
-            query = heads_of(w, x, "query") * query_gain(w)
+            query = heads_of(w, x, "query") * query_gain(w).to(x.device)
             self._query += einsum(query, query * weight[:, None, None], "n h a, n h b -> h a b")
         self._mean += weight @ rows
         self._second += rows.mT @ (rows * weight[:, None])
