@@ -80,17 +80,17 @@ class Activations(HiddenStates):
             self.source.checkpoint.read([name])[name].to(self.device, torch.float32)
             for name in names
         )
-        found = torch.zeros(self.given.shape)
+        found = torch.zeros(self.rows.shape)
         for i, states in enumerate(self._states):
             logits = self._normalised(states[:-1].to(self.device), norm) @ head.T
-            following = self.given[i, 1:].to(self.device)
+            following = self.rows[i, 1:].to(self.device)
             found[i, 1:] = F.cross_entropy(logits, following, reduction="none")
         return found
 
     def _embed(self) -> None:
         name = "model.embed_tokens.weight"
         table = self.source.checkpoint.read([name])[name]
-        for states, rows in zip(self._states, self.given, strict=True):
+        for states, rows in zip(self._states, self.rows, strict=True):
             states.copy_(table[rows])
 
     def _normalised(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ class EncoderActivations(HiddenStates):
         embed = _patches if "image_size" in self.source.config else self._words
         tensors = [found[name].float() for name in names]
         for states, given in zip(
-            self._states.split(self.batch), self.given.split(self.batch), strict=True
+            self._states.split(self.batch), self.rows.split(self.batch), strict=True
         ):
             states.copy_(embed(given, *tensors))
 

@@ -32,7 +32,7 @@ class HiddenStates(ABC):
 
     Args:
         source: The model.
-        given: Inputs, along their first dimension.
+        rows: Inputs, along their first dimension.
         tokens: How many tokens one of them becomes.
         batch: Inputs computed at once.
         device: Where they are computed.
@@ -44,7 +44,7 @@ class HiddenStates(ABC):
         ConversionError: There is no such device, or the activation of the MLP is unknown.
     """
 
-    def __init__(self, source: Source, given: Tensor, tokens: int, batch: int, device: str) -> None:
+    def __init__(self, source: Source, rows: Tensor, tokens: int, batch: int, device: str) -> None:
         if device not in DEVICES or (device == "cuda" and not torch.cuda.is_available()):
             raise ConversionError(
                 f"device is {device!r}; take one of {', '.join(DEVICES)}, and cuda only where "
@@ -56,12 +56,12 @@ class HiddenStates(ABC):
                 f"{', '.join(ACTIVATIONS)}."
             )
         self.source = source
-        self.given = given
+        self.rows = rows
         self.batch = batch
         self.device = device
         self.layer = 0
         self._folder = tempfile.TemporaryDirectory(prefix="activations-")
-        shape = (len(given), tokens, source.config["hidden_size"])
+        shape = (len(rows), tokens, source.config["hidden_size"])
         path = str(Path(self._folder.name) / "states")
         count = shape[0] * shape[1] * shape[2]
         self._states = torch.from_file(path, shared=True, size=count, dtype=torch.float32)
@@ -71,8 +71,8 @@ class HiddenStates(ABC):
     @property
     def digest(self) -> str:
         """SHA-256 of the inputs."""
-        digest = hashlib.sha256(str(tuple(self.given.shape)).encode())
-        digest.update(self.given.contiguous().numpy())
+        digest = hashlib.sha256(str(tuple(self.rows.shape)).encode())
+        digest.update(self.rows.contiguous().numpy())
         return digest.hexdigest()
 
     def restart(self) -> None:

@@ -91,7 +91,7 @@ def plan(
         parallel={str(n): pair for n, pair in parallel.items()},
         warnings=warnings,
         less_turned=partial(_less_turned, layers) if compressing else None,
-        checks=activations and target.checks(activations.given),
+        checks=activations and target.checks(activations.rows),
     )
 
 
