@@ -56,6 +56,13 @@ STABLE_TORCH_LIBRARY_IMPL(efficient_attn_native, CPU, m) {
 // The CUDA ops on a machine that is emulated, for tests.
 STABLE_TORCH_LIBRARY(efficient_attn_emulated, m) {
   m.def(
+      "attention_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cache_lengths, "
+      "Tensor? block_table, Tensor? q_to_k, Tensor? q_to_v, SymInt? window_left, "
+      "float scale, float softcap, SymInt blocks, SymInt seed) -> (Tensor out, Tensor lse)");
+  m.def(
+      "mla_decode(Tensor q_latent, Tensor q_rope, Tensor cache, Tensor cache_lengths, "
+      "Tensor? block_table, float scale, SymInt blocks, SymInt seed) -> (Tensor out, Tensor lse)");
+  m.def(
       "lsh_codes(Tensor x, Tensor normals, SymInt bits, bool center, SymInt leaf, SymInt first, "
       "bool own, SymInt seed) -> Tensor");
   m.def(
@@ -64,6 +71,8 @@ STABLE_TORCH_LIBRARY(efficient_attn_emulated, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(efficient_attn_emulated, CPU, m) {
+  m.impl("attention_decode", TORCH_BOX(&ea::cuda::emulated::attention_decode));
+  m.impl("mla_decode", TORCH_BOX(&ea::cuda::emulated::mla_decode));
   m.impl("lsh_codes", TORCH_BOX(&ea::cuda::emulated::lsh_codes));
   m.impl("segment_order", TORCH_BOX(&ea::cuda::emulated::segment_order));
 }

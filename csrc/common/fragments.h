@@ -45,7 +45,8 @@ EA_HOST_DEVICE constexpr Place right_place(int lane) {
 EA_HOST_DEVICE constexpr Place deep_right_place(int lane) { return {lane % 8, lane / 8}; }
 
 // Where granule `granule` of row `row` lies among rows of `granules` granules, a multiple of 8: eight
-// rows of one column, and eight columns of one row, lie in different banks.
+// rows of one column, and eight columns of one row, lie in different banks. Eight granules further in a
+// row are eight further in memory.
 EA_HOST_DEVICE constexpr int swizzled(int row, int granule, int granules) {
   return row * granules + (granule ^ (row % 8));
 }

@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "common/macros.h"
+#include "common/integers.h"
 #include "cpu/isa.h"
 
 // What the kernel of attention to a cache is told. Plain data: it is compiled for several
@@ -19,18 +19,6 @@ constexpr int64_t kDecodePadding = 32;
 inline int64_t padded(int64_t size) {
   return (size + kDecodePadding - 1) / kDecodePadding * kDecodePadding;
 }
-
-// Integers at a constant step, 32 or 64 bits wide.
-struct Integers {
-  const void* data;
-  int64_t step;
-  bool wide;
-
-  EA_HOST_DEVICE int64_t at(int64_t i) const {
-    return wide ? static_cast<const int64_t*>(data)[i * step]
-                : static_cast<const int32_t*>(data)[i * step];
-  }
-};
 
 // Keys or values of one sequence: token t is row t % page_size of page pages.at(t / page_size), or of
 // page `only_page` where there is no table. Steps in elements.

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/decode_run.h"
+#include "integer_tensors.h"
 
 // Tensors to plain pointers, and checks of what would make a kernel of attention to a cache read
 // elsewhere.
@@ -18,16 +19,6 @@ namespace {  // What holds tensors has no visibility to give.
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-inline Integers integers(const Tensor& tensor, int64_t row = 0) {
-  const bool wide = tensor.scalar_type() == ScalarType::Long;
-  STD_TORCH_CHECK(wide || tensor.scalar_type() == ScalarType::Int,
-                  "a tensor of lengths, pages or heads has dtype ",
-                  torch::headeronly::toString(tensor.scalar_type()), "; pass int32 or int64.");
-  const int64_t offset = tensor.dim() == 2 ? row * tensor.stride(0) : 0;
-  const auto* data = static_cast<const char*>(tensor.const_data_ptr());
-  return {data + offset * (wide ? 8 : 4), tensor.stride(-1), wide};
-}
 
 // A cache of (sequences or pages, heads, rows, dim), or of one head without its dimension.
 template <typename Value>

@@ -13,6 +13,9 @@ EA_DEVICE int thread() { return int(threadIdx.x); }
 EA_DEVICE int lane() { return thread() % 32; }
 EA_DEVICE int warp() { return thread() / 32; }
 
+// Makes the compiler compute anew what depends on x, rather than keep it in registers.
+EA_DEVICE void forget(int& x) { asm volatile("" : "+r"(x)); }
+
 EA_DEVICE void sync_block() { __syncthreads(); }
 EA_DEVICE void sync_warp() { __syncwarp(); }
 

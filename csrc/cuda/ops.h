@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -10,6 +11,18 @@
 // efficient_attn/ops/cuda.py.
 
 namespace ea::cuda {
+
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> attention_decode(
+    torch::stable::Tensor query, torch::stable::Tensor key_cache,
+    torch::stable::Tensor value_cache, torch::stable::Tensor cache_lengths,
+    std::optional<torch::stable::Tensor> block_table, std::optional<torch::stable::Tensor> q_to_k,
+    std::optional<torch::stable::Tensor> q_to_v, std::optional<int64_t> window_left, double scale,
+    double softcap);
+
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> mla_decode(
+    torch::stable::Tensor q_latent, torch::stable::Tensor q_rope, torch::stable::Tensor cache,
+    torch::stable::Tensor cache_lengths, std::optional<torch::stable::Tensor> block_table,
+    double scale);
 
 torch::stable::Tensor lsh_codes(
     torch::stable::Tensor x, torch::stable::Tensor normals, int64_t bits, bool center,

@@ -106,6 +106,8 @@ inline int thread() { return emulated::current_thread(); }
 inline int lane() { return thread() % 32; }
 inline int warp() { return thread() / 32; }
 
+inline void forget(int&) {}
+
 inline void sync_block() { emulated::wait_for_block(); }
 inline void sync_warp() {
   emulated::meet("sync_warp", nullptr, nullptr, [](const void* const*, void* const*) {});

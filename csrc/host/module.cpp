@@ -14,6 +14,7 @@
 #include "cpu/decode.h"
 #include "cpu/head_families.h"
 #include "cpu/merge_states.h"
+#include "host/cuda_door.h"
 #include "host/decode_door.h"
 #include "host/tile_door.h"
 
@@ -248,4 +249,5 @@ PYBIND11_MODULE(_host, m) {
         "The tokens of the fewest best scores that weigh enough, in no order.");
   m.def("log_sum_exp", [](const State& s) { return ea::log_sum_exp(state_of(s)); },
         py::arg("state"), "The log-sum-exp of a softmax state (max, sum).");
+  ea::host::add_cuda_doors(m);
 }

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from efficient_attn.ops import native
+from efficient_attn.ops import cuda_decode, native
 from efficient_attn.ops.checked import Candidate, CheckedKernel
 
 LIBRARY = Path(__file__).parents[1] / "_C_cuda.abi3.so"
@@ -68,6 +68,18 @@ def _segment_order_sample(device: torch.device) -> tuple:
 
 
 CANDIDATES = (
+    Candidate(
+        "attention_decode",
+        cuda_decode.attention_decode_covers,
+        cuda_decode.attention_decode_sample,
+        cuda_decode.agrees,
+    ),
+    Candidate(
+        "mla_decode",
+        cuda_decode.mla_decode_covers,
+        cuda_decode.mla_decode_sample,
+        cuda_decode.agrees,
+    ),
     Candidate("lsh_codes", _lsh_codes_covers, _lsh_codes_sample, torch.equal),
     Candidate("segment_order", _segment_order_covers, _segment_order_sample, torch.equal),
 )

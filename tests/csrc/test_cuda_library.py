@@ -18,6 +18,8 @@ from efficient_attn.ops import cuda, native
 ARCHITECTURES = ("sm_80", "sm_90a")
 # Registers that each kernel may use on them. Nothing may spill; shared memory comes at launch.
 REGISTERS = {
+    "DecodeBlock": (224, 224),
+    "LatentBlock": (255, 255),
     "ProjectBlock": (80, 80),
     "MeansBlock": (64, 64),
     "CodesBlock": (80, 80),

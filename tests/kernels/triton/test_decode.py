@@ -11,16 +11,8 @@ from efficient_attn.head_map import HeadMap
 from efficient_attn.kernels.triton import _decode_plan, configs
 from efficient_attn.kernels.triton._decode_plan import Plan, best_splits
 from efficient_attn.testing import head_maps
-from tests.kernels.triton.cached import (
-    LENGTHS,
-    assert_close,
-    assert_same,
-    cached,
-    compare,
-    in_pages,
-    randn,
-    run,
-)
+from tests.cached_inputs import LENGTHS, in_pages
+from tests.kernels.triton.cached import assert_close, assert_same, cached, compare, randn, run
 from tests.kernels.triton.oracle import DEVICE
 
 MAPS = head_maps(batch=len(LENGTHS))

@@ -7,7 +7,8 @@ from efficient_attn import reference
 from efficient_attn.kernels.triton import decode
 from efficient_attn.kernels.triton._decode_plan import Plan
 from efficient_attn.testing import assert_accurate
-from tests.kernels.triton.cached import LENGTHS, assert_close, assert_same, in_pages, randn
+from tests.cached_inputs import LENGTHS, in_pages
+from tests.kernels.triton.cached import assert_close, assert_same, randn
 from tests.kernels.triton.oracle import DEVICE
 
 

@@ -7,7 +7,8 @@ from efficient_attn import reference
 from efficient_attn.head_map import HeadMap
 from efficient_attn.kernels.triton import selective
 from efficient_attn.testing import assert_accurate, head_maps
-from tests.kernels.triton.cached import LENGTHS, assert_close, assert_same, cached, in_pages
+from tests.cached_inputs import LENGTHS, in_pages
+from tests.kernels.triton.cached import assert_close, assert_same, cached
 from tests.kernels.triton.oracle import DEVICE
 
 MAPS = head_maps(batch=len(LENGTHS))
