@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bench.providers.eager import Eager
 from bench.providers.flex import Flex
+from bench.providers.kernels import CacheKernel
 from bench.providers.ours import Ours, OursExact
 from bench.providers.packed import every_packed
 from bench.providers.protocol import Call, Provider, Side
@@ -20,7 +21,17 @@ __all__ = ["PROVIDERS", "Call", "Provider", "Side", "reasons_against"]
 
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
-    for provider in (Ours(), OursExact(), *every_sdpa(), *every_packed(), Flex(), Eager(), Read())
+    for provider in (
+        Ours(),
+        OursExact(),
+        CacheKernel("cuda"),
+        CacheKernel("triton"),
+        *every_sdpa(),
+        *every_packed(),
+        Flex(),
+        Eager(),
+        Read(),
+    )
 }
 
 
