@@ -32,7 +32,7 @@ from bench.key_driven import SHAPES, print_layers, time_layers
 from bench.measure import clock_for
 from bench.pages import filled
 from bench.plot import draw
-from bench.providers import PROVIDERS, Provider, reasons_against
+from bench.providers import PROVIDERS, Provider, left_out, reasons_against
 from bench.replay import replay, replay_rows
 from bench.replay_steps import step_rows, time_steps
 from bench.report import ResultsFile, print_summary, read_records
@@ -89,6 +89,9 @@ def list_workloads(
         cells = [workload.name, str(workload.rank), gigaflops(workload)]
         table.add_row(*cells, *([", ".join(able)] if who else []))
     Console(width=max(console.width, 160) if who else None).print(table)
+    if who:
+        for kind in dict.fromkeys(w.device for w in _select(device, suite, match, quick)):
+            _say_who_is_left_out(PROVIDERS.values(), kind)
 
 
 @app.command()
@@ -339,6 +342,7 @@ def gpu(
         for job in list_jobs(workloads, minutes=minutes, reason="this is a dry run"):
             table.add_row(job["job"], f"{job['likely_seconds']:.0f}", job["reason"])
         console.print(table)
+        _say_who_is_left_out(_providers(provider), "cuda")
         return
     _need_cuda()
     records = run_everything(
@@ -403,6 +407,11 @@ def _providers(names: list[str] | None) -> list[Provider]:
     if unknown:
         raise typer.BadParameter(f"unknown providers {unknown}; there are {sorted(PROVIDERS)}.")
     return [PROVIDERS[name] for name in names or PROVIDERS]
+
+
+def _say_who_is_left_out(providers: Iterable[Provider], device: str) -> None:
+    for reason, names in left_out(providers, device).items():
+        console.print(f"left out on {device}: {', '.join(names)} ({reason})", highlight=False)
 
 
 def _need_cuda() -> None:

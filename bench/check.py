@@ -98,20 +98,11 @@ def prepare(
 
 def judge(workload: Workload, truth: Truth, results: tuple[Tensor, ...]) -> Verdict:
     """Compare what a provider returned: ``(out,)`` or ``(out, dq, dk, dv)``."""
-    expected = {
-        "out": (workload.batch, workload.q_heads, workload.num_queries, workload.d_v),
-        "dq": (workload.batch, workload.q_heads, workload.num_queries, workload.d_qk),
-        "dk": (workload.batch, workload.k_heads, workload.num_keys, workload.d_qk),
-        "dv": (workload.batch, workload.v_heads, workload.num_keys, workload.d_v),
-    }
     errors: dict[str, float] = {}
     reasons = []
     for name, result in zip(truth.exact, results, strict=True):
-        if tuple(result.shape) != expected[name] or result.dtype != workload.torch_dtype:
-            reasons.append(
-                f"{name} is {tuple(result.shape)} {result.dtype}, "
-                f"expected {expected[name]} {workload.torch_dtype}"
-            )
+        if misshapen := _misshapen(workload, name, result):
+            reasons.append(misshapen)
             continue
         part = result[:, :, truth.rows] if name in ("out", "dq") else result
         errors[name] = largest_error(part.detach(), truth.exact[name], truth.magnitude[name])
@@ -121,6 +112,33 @@ def judge(workload: Workload, truth: Truth, results: tuple[Tensor, ...]) -> Verd
                 f"{name} is off by {errors[name]:.2e}, allowed are {truth.limit[name]:.2e}"
             )
     return Verdict(errors, truth.limit, reasons)
+
+
+def judge_plausibility(workload: Workload, truth: Truth, results: tuple[Tensor, ...]) -> Verdict:
+    """What can be asked of an estimate whose plan is not known: the right shape, and no NaN."""
+    reasons = []
+    for name, result in zip(truth.exact, results, strict=True):
+        if misshapen := _misshapen(workload, name, result):
+            reasons.append(misshapen)
+        elif not bool(result.isfinite().all()):
+            reasons.append(f"{name} is not finite everywhere")
+    return Verdict({}, {}, reasons)
+
+
+def _misshapen(workload: Workload, name: str, result: Tensor) -> str:
+    """What is wrong with the shape or the dtype of a result; empty if nothing is."""
+    expected = {
+        "out": (workload.batch, workload.q_heads, workload.num_queries, workload.d_v),
+        "dq": (workload.batch, workload.q_heads, workload.num_queries, workload.d_qk),
+        "dk": (workload.batch, workload.k_heads, workload.num_keys, workload.d_qk),
+        "dv": (workload.batch, workload.v_heads, workload.num_keys, workload.d_v),
+    }[name]
+    if tuple(result.shape) == expected and result.dtype == workload.torch_dtype:
+        return ""
+    return (
+        f"{name} is {tuple(result.shape)} {result.dtype}, expected {expected} "
+        f"{workload.torch_dtype}"
+    )
 
 
 def largest_error(value: Tensor, exact: Tensor, magnitude: Tensor) -> float:

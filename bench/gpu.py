@@ -19,7 +19,7 @@ from bench.environment import ROOT, clocks, describe, without_paths
 from bench.measure import clock_for
 from bench.planning import measure_planning
 from bench.plot import draw
-from bench.providers import Provider
+from bench.providers import Provider, left_out
 from bench.report import ResultsFile, read_records
 from bench.runner import Write
 from bench.substituted_lse import probe
@@ -131,6 +131,8 @@ def run_everything(
 
         def environment(left: float) -> None:
             results.write({"kind": "environment", **describe(device)})
+            for reason, names in left_out(providers, device).items():
+                results.write({"kind": "left out", "providers": names, "reason": reason})
 
         def ceilings(left: float) -> None:
             dtypes = sorted({workload.dtype for workload in workloads})

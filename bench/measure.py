@@ -93,7 +93,7 @@ def interleave(
     clock: Clock,
     seconds: float,
     trying: Callable[[str], None] = lambda name: None,
-    ceilings: Collection[str] = (),
+    apart: Collection[str] = (),
 ) -> dict[str, Timing]:
     """Time steps in rounds A-B-C, C-B-A, ... so that drift of the machine meets all alike.
 
@@ -105,7 +105,7 @@ def interleave(
         clock: The device's clock.
         seconds: Time to spend per step, between ``MIN_ROUNDS`` and ``MAX_ROUNDS`` rounds.
         trying: Told the name of each step before it is called.
-        ceilings: Steps that do less than the others, and so do not make them slow.
+        apart: Steps that do less than the others, or other things, and so do not make them slow.
     """
     if not steps:
         return {}
@@ -113,7 +113,7 @@ def interleave(
     for name, step in steps.items():
         trying(name)
         estimates[name] = clock.sample(step, 1)
-    compared = [estimate for name, estimate in estimates.items() if name not in ceilings]
+    compared = [estimate for name, estimate in estimates.items() if name not in apart]
     fastest = min(compared or estimates.values())
     fill = min(clock.round_seconds, seconds / MIN_ROUNDS)
     repeats = {

@@ -34,6 +34,7 @@ COLORS = {
     "flex": "#b3a125",
     "bmm": "#b5651d",
     "eager": THEIRS,
+    "authors": "#333333",
     "read": "#000000",
 }
 LINES = {"gather": "--", "groups": ":", "keys": "--", "packed": "-.", "read": ":"}

@@ -122,7 +122,7 @@ def share_of_peak(record: dict, records: list[dict]) -> float | None:
     """
     ceilings = first(records, "ceilings")
     workload = record["workload"]
-    if workload.get("op") == "hyper" and record["side"] == "ours":
+    if workload.get("op") == "hyper" and record["side"] in ("ours", "estimate"):
         # Most of the work is not done at all.
         return None
     if workload.get("op", "attention") in ("attention", "hyper"):
@@ -180,6 +180,13 @@ def print_summary(records: list[dict], console: Console) -> None:
         "in units of K written out per query head."
     )
     for record in results:
+        if record["side"] == "estimate" and record["status"] == "timed":
+            console.print(
+                f"{record['provider']} on {record['workload']['name']}: "
+                f"{record['seconds']['median'] * 1e3:.2f} ms, an estimate of another plan, judged "
+                "by plausibility alone and compared with nothing",
+                highlight=False,
+            )
         if record["status"] in ("wrong", "broken"):
             reasons = "; ".join(record["reasons"])
             console.print(

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
-from bench.check import Truth, Verdict, judge, prepare
+from bench.check import Truth, Verdict, judge, judge_plausibility, prepare
 from bench.environment import without_paths
 from bench.estimate import plan_of
 from bench.measure import Clock, Timing, interleave, peak_bytes
@@ -99,8 +99,8 @@ def _measure(
             expected = estimated if provider.side == "ours" else truth
             outcomes.append(_admit(provider, workload, copies, expected, grad_out, device))
     steps = {o.provider.name: o.step for o in outcomes if o.step is not None}
-    ceilings = [o.provider.name for o in outcomes if o.provider.side == "ceiling"]
-    timings = interleave(steps, clock, seconds, trying, ceilings)
+    others = [o.provider.name for o in outcomes if o.provider.side in ("ceiling", "estimate")]
+    timings = interleave(steps, clock, seconds, trying, others)
     records = []
     for outcome in outcomes:
         trying(outcome.provider.name)
@@ -153,7 +153,8 @@ def _admit(
             verdict = None
             if provider.side != "ceiling":
                 results = make_step(calls[0], copies[0], truth.grad_out)()
-                verdict = judge(workload, truth, results)
+                judged = judge_plausibility if provider.side == "estimate" else judge
+                verdict = judged(workload, truth, results)
             if workload.replayed and device == "cuda":
                 calls = [captured(call) for call in calls]
         # Whatever a provider raises is its own result and must not end the run.
@@ -164,7 +165,8 @@ def _admit(
                 torch.cuda.empty_cache()
             said = [_first_line(str(w.message)) for w in heard]
             reasons = [f"{type(error).__name__}: {_first_line(str(error))}", *dict.fromkeys(said)]
-            refused = provider.side != "ours" and isinstance(error, RuntimeError)
+            foreign = provider.side == "estimate"
+            refused = foreign or provider.side != "ours" and isinstance(error, RuntimeError)
             return Outcome(provider, "refused" if refused else "broken", reasons)
     if verdict is not None and not verdict.passed:
         return Outcome(provider, "wrong", verdict.reasons, verdict=verdict)

@@ -7,6 +7,9 @@ for on every call (copying shared heads, say) happens in the call.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from bench.providers.authors import AuthorsHyper
 from bench.providers.eager import Eager
 from bench.providers.flex import Flex
 from bench.providers.kernels import CacheKernel
@@ -17,7 +20,7 @@ from bench.providers.read import Read
 from bench.providers.sdpa import every_sdpa
 from bench.workloads import Workload
 
-__all__ = ["PROVIDERS", "Call", "Provider", "Side", "reasons_against"]
+__all__ = ["PROVIDERS", "Call", "Provider", "Side", "left_out", "reasons_against"]
 
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
@@ -31,6 +34,8 @@ PROVIDERS: dict[str, Provider] = {
         Flex(),
         Eager(),
         Read(),
+        AuthorsHyper(),
+        AuthorsHyper(own_kernels=True),
     )
 }
 
@@ -38,3 +43,12 @@ PROVIDERS: dict[str, Provider] = {
 def reasons_against(provider: Provider, workload: Workload, device: str) -> list[str]:
     """Every known reason not to run ``workload`` with ``provider``."""
     return [*provider.available(device), *provider.supports(workload)]
+
+
+def left_out(providers: Iterable[Provider], device: str) -> dict[str, list[str]]:
+    """The providers that cannot run at all on a kind of device here, by the reason for it."""
+    names: dict[str, list[str]] = {}
+    for provider in providers:
+        if reasons := provider.available(device):
+            names.setdefault("; ".join(reasons), []).append(provider.name)
+    return names

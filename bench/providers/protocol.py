@@ -12,8 +12,9 @@ from bench.workloads import Inputs, Workload
 
 Call = Callable[[], Tensor]
 # "ours" is compared with the fastest "torch"; a "yardstick" is shown and never compared with. A
-# "ceiling" computes something else, which takes the least time that the call could take.
-Side = Literal["ours", "torch", "yardstick", "ceiling"]
+# "ceiling" computes something else, which takes the least time that the call could take. An
+# "estimate" follows a plan of its own, so that only its plausibility can be judged.
+Side = Literal["ours", "torch", "yardstick", "ceiling", "estimate"]
 
 GIB = 2**30
 MAX_SCORE_BYTES = {"cpu": GIB // 4, "cuda": 4 * GIB}

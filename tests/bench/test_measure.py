@@ -55,7 +55,7 @@ def test_slow_steps_that_take_long_are_timed_once():
 
 def test_a_ceiling_makes_nobody_slow():
     every = steps(ceiling=0.1, fast=1.0, slow=5.0)
-    timings = interleave(every, FakeClock(), seconds=0.0, ceilings=["ceiling"])
+    timings = interleave(every, FakeClock(), seconds=0.0, apart=["ceiling"])
     rounds = {name: timing.rounds for name, timing in timings.items()}
     assert rounds == {"ceiling": MIN_ROUNDS, "fast": MIN_ROUNDS, "slow": SLOW_ROUNDS}
 
