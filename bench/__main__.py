@@ -30,7 +30,7 @@ from bench.generate import llama, print_generation, time_generation
 from bench.gpu import RESULTS, list_jobs, run_everything
 from bench.key_driven import SHAPES, print_layers, time_layers
 from bench.measure import clock_for
-from bench.pages import filled
+from bench.pages import draw_figures, filled
 from bench.plot import draw
 from bench.providers import PROVIDERS, Provider, left_out, reasons_against
 from bench.replay import replay, replay_rows
@@ -381,8 +381,13 @@ def compare(
 def docs(
     page: Annotated[Path, typer.Argument(help="A page in Markdown.", exists=True)],
 ) -> None:
-    """Make the tables of a page of the documentation anew from the results that it names."""
+    """Make the tables of a page of the documentation anew from the results that it names.
+
+    Beside the table of goals stand rooflines, which are drawn into the folder of the page's name.
+    """
     page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in draw_figures(page):
+        console.print(str(path))
 
 
 def _select(device: str, suite: list[str] | None, match: str, quick: bool) -> list[Workload]:

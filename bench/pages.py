@@ -2,7 +2,7 @@
 
 A page holds ``<!-- table: PATH -->`` and ``<!-- end of table -->``; what is between them is
 replaced by the tables of the results file at that path, relative to the checkout. Behind
-``<!-- goals -->`` stands the table of goals, measured by all files of results.
+``<!-- goals -->`` stands the table of goals, measured by all files of results, and their rooflines.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from bench.report import (
     read_records,
     share_of_peak,
 )
+from bench.roofline import by_kind, draw_rooflines, panels
 
 TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 GOALS_TABLE = re.compile(r"(<!-- goals -->\n).*?(<!-- end of goals -->)", re.DOTALL)
@@ -42,12 +43,35 @@ def filled(page: str, root: Path = ROOT) -> str:
         return f"{match[1]}\n{markdown(read_records(root / match[2]))}\n\n{match[3]}"
 
     def goals(match: re.Match) -> str:
-        paths = sorted((root / "bench" / "results").rglob("*.jsonl"))
-        files = [records for path in paths if timings(records := read_records(path))]
+        files = _timed_files(root)
         heads, *rows = goal_rows(files)
-        return f"{match[1]}\n{devices(files)}.\n\n{_table(heads, rows)}\n\n{match[2]}"
+        parts = [f"{devices(files)}.", _table(heads, rows), *_roofline_links(files)]
+        return f"{match[1]}\n" + "\n\n".join([*parts, match[2]])
 
     return GOALS_TABLE.sub(goals, TABLE.sub(made, page))
+
+
+def draw_figures(path: Path, root: Path = ROOT) -> list[Path]:
+    """Draw what a page shows beside its tables, into the folder that has its name."""
+    if not GOALS_TABLE.search(path.read_text(encoding="utf-8")):
+        return []
+    return draw_rooflines(_timed_files(root), path.parent / path.stem)
+
+
+def _timed_files(root: Path) -> list[list[dict]]:
+    paths = sorted((root / "bench" / "results").rglob("*.jsonl"))
+    return [records for path in paths if timings(records := read_records(path))]
+
+
+def _roofline_links(files: list[list[dict]]) -> list[str]:
+    links = []
+    for kind, of_kind in by_kind(files).items():
+        name = {"cpu": "CPU", "cuda": "GPU"}[kind]
+        if any(map(panels, of_kind)):
+            links.append(f"![{name}: FLOP/s over FLOP per byte](goals/roofline-{kind}.png)")
+        else:
+            links.append(f"{name}: no roofline, since nothing is measured yet.")
+    return links
 
 
 def markdown(records: list[dict]) -> str:

@@ -20,6 +20,7 @@ from bench.grouping_report import grouping_figure
 from bench.quality_report import quality_figure
 from bench.recovery_report import recovery_figure
 from bench.report import environment_of, ratios
+from bench.roofline import roofline_figure
 from bench.workloads import length_label
 
 OURS, THEIRS = "#0b6e4f", "#9a9a9a"
@@ -49,6 +50,7 @@ def draw(records: list[dict], folder: Path) -> list[Path]:
         "bandwidth": _bandwidth_figure,
         "memory": _memory_figure,
         "speedup": _speedup_figure,
+        "roofline": lambda records: roofline_figure([records]),
         "quality": quality_figure,
         "conversion": conversion_figure,
         "grouping": grouping_figure,
