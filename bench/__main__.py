@@ -25,7 +25,7 @@ from rich.table import Table
 
 from bench.ceilings import measure_ceilings
 from bench.compare import changes, differences_of_environment, print_changes
-from bench.environment import describe
+from bench.environment import describe, device_name
 from bench.generate import llama, print_generation, time_generation
 from bench.gpu import RESULTS, list_jobs, run_everything
 from bench.key_driven import SHAPES, print_layers, time_layers
@@ -38,6 +38,8 @@ from bench.replay_steps import step_rows, time_steps
 from bench.report import ResultsFile, print_summary, read_records
 from bench.runner import run_workload
 from bench.suites import SUITES, select
+from bench.tiles import KERNELS, architecture, case
+from bench.tune import missing, search_on_this_device, told
 from bench.workloads import Workload, gigaflops
 
 app = typer.Typer(
@@ -333,23 +335,66 @@ def gpu(
 ) -> None:
     """Do all that needs a GPU, most valuable first, until the time is spent.
 
-    Ceilings, the GPU-marked tests, probes of torch's ops, then the suites by rank. Every result is
-    written as it comes, so the run may be killed at any moment.
+    Ceilings, the GPU-marked tests, probes of torch's ops, the suites by rank, and in what time is
+    left, tiles of the Triton kernels. Every result is written as it comes, so the run may be killed
+    at any moment.
     """
     workloads = _select("cuda", suite, match, False)
     if dry_run:
         table = Table("stage", "likely s", "skipped because")
-        for job in list_jobs(workloads, minutes=minutes, reason="this is a dry run"):
+        for job in list_jobs(
+            workloads, minutes=minutes, reason="this is a dry run", kernels=KERNELS
+        ):
             table.add_row(job["job"], f"{job['likely_seconds']:.0f}", job["reason"])
         console.print(table)
         _say_who_is_left_out(_providers(provider), "cuda")
         return
     _need_cuda()
     records = run_everything(
-        out, workloads, _providers(provider), minutes=minutes, say=console.print
+        out,
+        workloads,
+        _providers(provider),
+        minutes=minutes,
+        kernels=KERNELS,
+        say=console.print,
     )
     print_summary(records, console)
     console.print(f"records: {out / RESULTS}")
+
+
+@app.command()
+def tune(
+    kernel: Annotated[str, typer.Argument(help=f"One of {', '.join(KERNELS)}.")],
+    dim: Annotated[int, typer.Option(help="Head dim of queries and keys.")] = 128,
+    value_dim: Annotated[int | None, typer.Option(help="Head dim of values; default: dim.")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    window: Annotated[int | None, typer.Option(help="Keys visible on the left.")] = None,
+    rows: Annotated[
+        int, typer.Option(help="Query rows on one key head, for a cache: 16, 32 or 64.")
+    ] = 16,
+    most: Annotated[int, typer.Option(help="How many tiles to try.")] = 32,
+    seconds: Annotated[float, typer.Option(help="Time for each tile, besides compiling.")] = 0.3,
+    minutes: Annotated[float, typer.Option(help="Time for everything together.")] = 8.0,
+    out: Output = Path("bench-out/tune.jsonl"),
+) -> None:
+    """Search the tile of a Triton kernel on the GPU at hand, and print the entry for its table.
+
+    Each tile is compiled and compared with fp64 before it is timed; one that fails costs itself.
+    """
+    if reasons := missing():
+        console.print(f"A tile cannot be tuned here: {'; '.join(reasons)}.", soft_wrap=True)
+        raise typer.Exit(2)
+    options = {"dims": (dim, value_dim or dim), "dtype": dtype, "window": window, "rows": rows}
+    try:
+        tuned = case(kernel, architecture(), **options)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    with ResultsFile(out) as results:
+        results.write({"kind": "environment", **describe("cuda")})
+        found = search_on_this_device(tuned, most=most, seconds=seconds, timeout=60 * minutes)
+        results.write(found)
+    console.print(told(found, device_name("cuda")), soft_wrap=True, highlight=False, markup=False)
+    console.print(f"records: {out}")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Everything that needs a GPU in one go of limited time, most valuable first.
+"""Everything that needs a GPU in one go of limited time, most valuable first; last, tiles.
 
 Every result is on the disk before the next is begun, so the run may be killed at any moment.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from bench.ceilings import measure_ceilings, measure_gather
-from bench.environment import ROOT, clocks, describe, without_paths
+from bench.environment import ROOT, clocks, describe, device_name, without_paths
 from bench.measure import clock_for
 from bench.planning import measure_planning
 from bench.plot import draw
@@ -23,6 +23,8 @@ from bench.providers import Provider, left_out
 from bench.report import ResultsFile, read_records
 from bench.runner import Write
 from bench.substituted_lse import probe
+from bench.tiles import architecture, case
+from bench.tune import FEW, SECONDS_PER_CANDIDATE, search_on_this_device, told
 from bench.worker import Worker
 from bench.workloads import Workload
 
@@ -93,11 +95,14 @@ def run_jobs(
         write(record | {"seconds": now() - begun})
 
 
-def list_jobs(workloads: list[Workload], *, minutes: float, reason: str) -> list[dict]:
+def list_jobs(
+    workloads: list[Workload], *, minutes: float, reason: str, kernels: tuple[str, ...] = ()
+) -> list[dict]:
     """The stages of a run in their order, none of them run, and which would fit into its time."""
     left = 60 * minutes - RESERVE_SECONDS
     stages = [(name, seconds) for name, seconds in _FIRST_STAGES]
     stages += [(w.name, estimate(w)) for w in sorted(workloads, key=lambda w: w.rank)]
+    stages += [(f"tune {kernel}", FEW * SECONDS_PER_CANDIDATE) for kernel in kernels]
     listed = []
     for name, seconds in [*stages, _LAST_STAGE]:
         record = {"kind": "job", "job": name, "status": "skipped", "likely_seconds": seconds}
@@ -121,9 +126,14 @@ def run_everything(
     minutes: float,
     device: str = "cuda",
     test_command: tuple[str, ...] = TEST_COMMAND,
+    kernels: tuple[str, ...] = (),
     say: Callable[[str], None] = print,
 ) -> list[dict]:
-    """Ceilings, tests, probes, then workloads by rank, into ``folder``; returns the records."""
+    """Ceilings, tests, probes, workloads by rank, tiles of ``kernels``: all into ``folder``.
+
+    Returns:
+        The records.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / RESULTS
     ranked = sorted(workloads, key=lambda workload: workload.rank)
@@ -168,6 +178,17 @@ def run_everything(
 
             return Job(workload.name, likely, run)
 
+        def tuning_of(kernel: str) -> Job:
+            likely = FEW * SECONDS_PER_CANDIDATE
+
+            def run(left: float) -> None:
+                limits = {"seconds": SECONDS_PER_PROVIDER, "timeout": min(left, 4 * likely)}
+                found = search_on_this_device(case(kernel, architecture()), most=FEW, **limits)
+                results.write(found)
+                say(told(found, device_name(device)))
+
+            return Job(f"tune {kernel}", likely, run)
+
         def last_clocks(left: float) -> None:
             results.write({"kind": "clocks", "clocks": clocks()})
 
@@ -175,6 +196,7 @@ def run_everything(
         jobs = [
             *(Job(*stage, step) for stage, step in zip(_FIRST_STAGES, steps, strict=True)),
             *map(job_of, ranked),
+            *map(tuning_of, kernels),
             Job(*_LAST_STAGE, last_clocks),
         ]
         run_jobs(jobs, results.write, seconds=60 * minutes - RESERVE_SECONDS, say=say)

@@ -26,7 +26,7 @@ def invoke(*arguments, exit_code=0):
 
 
 def test_help_explains_every_command_and_option():
-    for name in ("list", "run", "generate", "gpu", "plot", "compare", "docs"):
+    for name in ("list", "run", "generate", "gpu", "tune", "plot", "compare", "docs"):
         assert name in invoke("--help")
         invoke(name, "--help")
     for command in commands.app.registered_commands:

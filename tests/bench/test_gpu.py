@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import bench.ceilings
+import bench.gpu
 from bench.gpu import RESULTS, Job, estimate, list_jobs, run_everything, run_jobs, run_tests
 from bench.report import read_records
 from bench.substituted_lse import OPS, Part, probe
@@ -97,6 +98,11 @@ def test_everything_on_a_cpu_as_stand_in(tmp_path, monkeypatch):
     sizes = {"MATMUL_SIZE": 64, "COPY_BYTES": 2**16, "READ_BYTES": 2**16, "GATHER_ROWS": 2**8}
     for name, size in sizes.items():
         monkeypatch.setitem(getattr(bench.ceilings, name), "cpu", size)
+    found = {"kind": "tune", "tile": [64, 64, 4, 2]}
+    monkeypatch.setattr(bench.gpu, "architecture", lambda: "sm90")
+    monkeypatch.setattr(bench.gpu, "search_on_this_device", lambda case, **limits: found)
+    monkeypatch.setattr(bench.gpu, "told", lambda record, device: f"{record['tile']} on {device}")
+    lines = []
     records = run_everything(
         tmp_path / "out",
         [GQA],
@@ -104,14 +110,16 @@ def test_everything_on_a_cpu_as_stand_in(tmp_path, monkeypatch):
         minutes=5,
         device="cpu",
         test_command=(sys.executable, "-c", "print('1 passed')"),
-        say=lambda line: None,
+        kernels=("forward",),
+        say=lines.append,
     )
     assert records == read_records(tmp_path / "out" / RESULTS)
     failed = [r for r in records if r["kind"] == "job" and r["status"] != "done"]
     assert not failed
     kinds = [record["kind"] for record in records if record["kind"] != "job"]
     before = ["environment", "ceilings", "gather", "tests", "substituted_lse", *["planning"] * 4]
-    assert kinds == [*before, "result", "result", "clocks"]
+    assert kinds == [*before, "result", "result", "tune", "clocks"]
+    assert sum("[64, 64, 4, 2] on " in line for line in lines) == 1
     assert all(r["gather_bytes_per_second"] > 0 for r in records if r["kind"] == "gather")
     plans = [record for record in records if record["kind"] == "planning"]
     assert all(min(plan["seconds"], plan["portable_seconds"]) > 0 for plan in plans)
@@ -146,10 +154,10 @@ def test_gather_kernel():
 
 def test_a_dry_run_lists_every_stage_with_the_reason_it_is_skipped():
     workloads = select(device="cuda")
-    listed = list_jobs(workloads, minutes=9, reason="there is no GPU")
+    listed = list_jobs(workloads, minutes=9, reason="there is no GPU", kernels=("forward",))
     names = [record["job"] for record in listed]
     assert names[:4] == ["environment", "ceilings", "gather bandwidth", "tests"]
-    assert names[-1] == "clocks" and {w.name for w in workloads} <= set(names)
+    assert names[-2:] == ["tune forward", "clocks"] and {w.name for w in workloads} <= set(names)
     assert all(r["status"] == "skipped" and "there is no GPU" in r["reason"] for r in listed)
     fitting = sum(r["likely_seconds"] for r in listed if "would be left" not in r["reason"])
     assert 0 < fitting <= 9 * 60

@@ -1,15 +1,18 @@
 """Tile sizes as data.
 
-Chosen by reasoning and by reading the compiler's register and shared-memory reports; not yet tuned
-on a device. The key is the architecture, the kernel, the width of an element and a bucket of the
-head dims. It never contains a sequence length, so a kernel is compiled once per kind of call.
+What was measured on a device stands in ``measured_tiles.py`` and is asked first. The tables here
+are untuned: chosen by reasoning and by the compiler's register and shared-memory reports. The
+key is the architecture, the kernel, the width of an element and a bucket of the head dims. It
+never contains a sequence length, so a kernel is compiled once per kind of call.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
 
 import torch
+
+from efficient_attn.kernels.triton.measured_tiles import MEASURED, Entry, Tile
 
 # Keys and values (or queries and their gradients) of one section of heads should stay in the L2
 # cache while the section runs: half of the smallest cache among the data-centre devices.
@@ -21,24 +24,6 @@ LARGEST_DIMS_TOGETHER = 320
 
 # Shared memory that one program may use, in bytes.
 SHARED_MEMORY = {"sm80": 163 * 1024, "sm86": 99 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024}
-
-
-class Tile(NamedTuple):
-    """Rows are queries and columns are keys, whichever of them the kernel walks along."""
-
-    rows: int
-    columns: int
-    num_warps: int
-    num_stages: int
-
-    def options(self) -> dict[str, Any]:
-        """The launch options of a kernel."""
-        return {
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-            # Triton 3.10 changes the default, and an unfused multiply-add costs a fifth.
-            "enable_fp_fusion": True,
-        }
 
 
 # kernel -> kind of mask -> a tile for each bucket of head dims, for elements of two bytes.
@@ -136,6 +121,20 @@ def tile(
         return _INTERPRETED[kernel]
     if kernel == "rows":
         return _ROWS
+    options = {"with_bias": with_bias, "with_window_or_softcap": with_window_or_softcap}
+    return chosen(entry(kernel, arch, element_size, head_dims, **options))
+
+
+def entry(
+    kernel: str,
+    arch: str,
+    element_size: int,
+    head_dims: tuple[int, int],
+    *,
+    with_bias: bool = False,
+    with_window_or_softcap: bool = False,
+) -> Entry:
+    """Where the tile of a kernel stands among the measured ones."""
     kind = (
         "bias"
         if with_bias or kernel == "grad_bias"
@@ -143,9 +142,21 @@ def tile(
         if with_window_or_softcap
         else "plain"
     )
-    bucket = next(
-        i for i, b in enumerate(_BUCKETS) if head_dims[0] <= b[0] and head_dims[1] <= b[1]
-    )
+    size = next(b for b in _BUCKETS if head_dims[0] <= b[0] and head_dims[1] <= b[1])
+    return Entry(kernel, arch, triton_version(), element_size, kind, size)
+
+
+def chosen(wanted: Entry) -> Tile:
+    """The tile in force: the measured one, or else the one of the tables."""
+    return MEASURED[wanted][0] if wanted in MEASURED else untuned_tile(wanted)
+
+
+def untuned_tile(wanted: Entry) -> Tile:
+    """The tile that was chosen by reasoning."""
+    kernel, arch, _, element_size, kind, size = wanted
+    if kernel in ("decode", "latent_decode"):
+        return _untuned_decode_tile(wanted)
+    bucket = _BUCKETS.index(size)
     if element_size == 4:
         tiles = _SINGLE_HYPER if kernel.startswith("hyper") else _SINGLE
         if kernel.endswith("grad_key_value"):
@@ -155,6 +166,14 @@ def tile(
     if arch in ("sm80", "sm86"):
         tiles = _HALF_ON_AMPERE.get((kernel, kind), tiles)
     return Tile(*tiles[bucket])
+
+
+@functools.cache
+def triton_version() -> str:
+    """The first two numbers of Triton's version: the best tile changes with them."""
+    import triton
+
+    return ".".join(triton.__version__.split(".")[:2])
 
 
 def programs_wanted(arch: str) -> int:
@@ -193,6 +212,13 @@ def decode_tile(
     """
     if arch == "interpreted":
         return Tile(16, 32, 4, 1)
+    return chosen(decode_entry(arch, element_size, rows, columns, latent=latent, paged=paged))
+
+
+def decode_entry(
+    arch: str, element_size: int, rows: int, columns: int, *, latent: bool, paged: bool
+) -> Entry:
+    """Where the tile of attention to a cache stands among the measured ones."""
     is_ampere = arch in ("sm80", "sm86")
     most = 64
     if element_size == 4:
@@ -201,8 +227,15 @@ def decode_tile(
         most = 32
     rows = max(16, min(1 << (rows - 1).bit_length(), most))
     table = _DECODE if element_size == 2 else _DECODE_SINGLE
-    tokens, warps, stages = table[next(largest for largest in table if columns <= largest)]
-    if latent and element_size == 2:
+    size = (rows, next(largest for largest in table if columns <= largest))
+    kernel, kind = "latent_decode" if latent else "decode", "paged" if paged else "dense"
+    return Entry(kernel, arch, triton_version(), element_size, kind, size)
+
+
+def _untuned_decode_tile(wanted: Entry) -> Tile:
+    kernel, arch, _, element_size, kind, (rows, columns) = wanted
+    tokens, warps, stages = (_DECODE if element_size == 2 else _DECODE_SINGLE)[columns]
+    if kernel == "latent_decode" and element_size == 2:
         tokens, warps, stages = _DECODE_LATENT[rows]
         if arch == "sm100" and rows == 64:
             tokens = 32  # Triton 3.6 passes its accumulator through shared memory.
@@ -210,7 +243,7 @@ def decode_tile(
         warps = 8
     if arch == "sm86":
         tokens = max(16, tokens // 2)
-    if paged:
+    if kind == "paged":
         # A look-up in the block table is a stage of its own before each of the others.
         stages = 2 * stages - 1
     return Tile(rows, tokens, warps, stages)
