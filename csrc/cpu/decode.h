@@ -60,6 +60,7 @@ struct DecodePart {
   // Scratch. Steps are multiples of kDecodePadding.
   int64_t query_step, weighted_step;
   Real* packed_queries;     // (rows, query_step), possibly in fewer bytes
+  Real* columns;            // the same, some channels of several rows side by side
   Real* scores;             // (rows, kDecodeBlock)
   Real* weights;            // the same, as they are multiplied
   Real* weighted;           // (rows, weighted_step)

@@ -56,6 +56,31 @@ EA_HOST_DEVICE RowsAhead<Value> rows_ahead(
   return {cache.data + head * cache.head_step, block.offsets, count, cache.dim};
 }
 
+#if EA_BF16_DOT
+// How many of `rows` rows are scored across the lanes of vectors: 16 at a time, and maybe 8.
+EA_HOST_DEVICE int64_t rows_across(int64_t rows, int64_t dim) { return dim % 4 ? 0 : rows / 8 * 8; }
+
+// Queries in columns, for rows that are scored across.
+EA_HOST_DEVICE void pack_columns(const DecodePart<BFloat16>& part) {
+  const auto* packed = reinterpret_cast<const BFloat16*>(part.packed_queries);
+  auto* columns = reinterpret_cast<BFloat16*>(part.columns);
+  for (int64_t k = 0; k < part.num_key_heads; ++k) {
+    const HeadReaders& readers = part.key_heads[k];
+    const int64_t end = readers.first + rows_across(readers.count, part.key.dim);
+    for (int64_t row = readers.first, width; row < end; row += width) {
+      width = end - row >= 16 ? 16 : 8;
+      const int64_t channels = 32 / width;
+      BFloat16* to = columns + row * part.query_step;
+      for (int64_t d = 0; d < part.key.dim; d += channels) {
+        for (int64_t r = 0; r < width; ++r, to += channels) {
+          std::memcpy(to, packed + (row + r) * part.query_step + d, channels * sizeof(*to));
+        }
+      }
+    }
+  }
+}
+#endif
+
 template <typename Value>
 void pack_queries(const DecodePart<Value>& part) {
   auto* packed = reinterpret_cast<Packed<Value>*>(part.packed_queries);
@@ -72,6 +97,9 @@ void pack_queries(const DecodePart<Value>& part) {
       if (d < dim) store(packed + d, load_some(part.queries[r] + d, dim - d));
     }
   }
+#if EA_BF16_DOT
+  if constexpr (Dot<Value>::interleaves) pack_columns(part);
+#endif
 }
 
 // Scores of the rows from `first` on, with four tokens from `t` on.
@@ -159,6 +187,36 @@ void weigh_rows(
   }
 }
 
+#if EA_BF16_DOT
+// Scores of most of the rows that read one key head, where there are many; says how many.
+EA_HOST_DEVICE int64_t score_keys_across(
+    const DecodePart<BFloat16>& part, const HeadRows<BFloat16>& keys, int64_t count,
+    const HeadReaders& readers, const RowsAhead<BFloat16>& ahead) {
+  const int64_t across = rows_across(readers.count, part.key.dim), end = readers.first + across;
+  const int64_t tiles = (across + 15) / 16;
+  const auto* columns = reinterpret_cast<const BFloat16*>(part.columns);
+  for (int64_t t = 0; t < count && across; t += kKeysAcross) {
+    const BFloat16* key[kKeysAcross];
+    // Past the last token, its own row stands in; what comes of that is masked.
+    for (int64_t i = 0; i < kKeysAcross; ++i) {
+      key[i] = keys.base + keys.offsets[t + i < count ? t + i : count - 1];
+    }
+    int64_t asked = 0;
+    for (int64_t row = readers.first, tile = 1; row < end; row += 16, ++tile) {
+      for (; asked * tiles < kKeysAcross * tile; ++asked) ahead.fetch(t + asked, 0, ahead.dim);
+      const auto* queries = columns + row * part.query_step;
+      float* scores = part.scores + row * kDecodeBlock + t;
+      if (end - row >= 16) {
+        score_across<16>(queries, key, part.key.dim, scores, kDecodeBlock);
+      } else {
+        score_across<8>(queries, key, part.key.dim, scores, kDecodeBlock);
+      }
+    }
+  }
+  return across;
+}
+#endif
+
 // Scores of the rows that read one key head. Four keys at a time meet all of the rows, so that many
 // rows do not send the keys through the first-level cache again and again.
 template <typename Value>
@@ -166,15 +224,21 @@ void score_keys(
     const DecodePart<Value>& part, const HeadRows<Value>& keys, int64_t count,
     const HeadReaders& readers, const RowsAhead<Value>& ahead) {
   constexpr int most = tile_rows<Value>;
-  const int64_t end = readers.first + readers.count, tiles = (readers.count + most - 1) / most;
+  int64_t across = 0;
+#if EA_BF16_DOT
+  if constexpr (Dot<Value>::interleaves) across = score_keys_across(part, keys, count, readers, ahead);
+  if (across == readers.count) return;
+#endif
+  const int64_t end = readers.first + readers.count;
+  const int64_t tiles = (readers.count - across + most - 1) / most;
   for (int64_t t = 0; t < count; t += 4) {
     const Value* key[4];
     // Past the last token, its own row stands in; what comes of that is masked.
     for (int64_t i = 0; i < 4; ++i) {
       key[i] = keys.base + keys.offsets[t + i < count ? t + i : count - 1];
     }
-    int64_t asked = 0;
-    for (int64_t row = readers.first, tile = 1; row < end; row += most, ++tile) {
+    int64_t asked = across ? 4 : 0;
+    for (int64_t row = readers.first + across, tile = 1; row < end; row += most, ++tile) {
       // Spread over the tiles: many requests at once would hold up the products.
       for (; asked * tiles < 4 * tile; ++asked) ahead.fetch(t + asked, 0, ahead.dim);
       const int64_t rows = end - row;

@@ -89,6 +89,70 @@ EA_HOST_DEVICE void score_tile(
   for (int r = 0; r < kRows; ++r) sum_lanes_of_4(sums[r], scores + r * score_step);
 }
 
+#if EA_BF16_DOT
+// The same with rows across the lanes of a vector: then no score is a sum over all lanes. Of 16 rows, a
+// column has two channels; of 8 rows four, two in each of neighbouring lanes. Keys are broadcast.
+constexpr int kKeysAcross = 8;
+
+template <int kRows>
+using Broadcast = std::conditional_t<kRows == 16, int32_t, int64_t>;
+
+EA_HOST_DEVICE __m512bh everywhere(int32_t channels) { return (__m512bh)_mm512_set1_epi32(channels); }
+EA_HOST_DEVICE __m512bh everywhere(int64_t channels) { return (__m512bh)_mm512_set1_epi64(channels); }
+
+template <int kControl>
+EA_HOST_DEVICE F32 pick(F32 a, F32 b) {
+  return _mm512_maskz_shuffle_ps(0xffff, a, b, kControl);
+}
+
+EA_HOST_DEVICE void store_quarters(F32 v, float* scores, int64_t step) {
+  _mm_storeu_ps(scores, _mm512_maskz_extractf32x4_ps(0xf, v, 0));
+  _mm_storeu_ps(scores + step, _mm512_maskz_extractf32x4_ps(0xf, v, 1));
+  _mm_storeu_ps(scores + 2 * step, _mm512_maskz_extractf32x4_ps(0xf, v, 2));
+  _mm_storeu_ps(scores + 3 * step, _mm512_maskz_extractf32x4_ps(0xf, v, 3));
+}
+
+// Sums of four keys, rows across the lanes, to scores[r * step + key].
+template <int kRows>
+EA_HOST_DEVICE void store_across(const F32* keys, float* scores, int64_t step) {
+  if constexpr (kRows == 16) {
+    const F32 a = _mm512_maskz_unpacklo_ps(0xffff, keys[0], keys[1]);
+    const F32 b = _mm512_maskz_unpackhi_ps(0xffff, keys[0], keys[1]);
+    const F32 c = _mm512_maskz_unpacklo_ps(0xffff, keys[2], keys[3]);
+    const F32 d = _mm512_maskz_unpackhi_ps(0xffff, keys[2], keys[3]);
+    store_quarters(pick<0x44>(a, c), scores, 4 * step);
+    store_quarters(pick<0xee>(a, c), scores + step, 4 * step);
+    store_quarters(pick<0x44>(b, d), scores + 2 * step, 4 * step);
+    store_quarters(pick<0xee>(b, d), scores + 3 * step, 4 * step);
+  } else {
+    const F32 a = pick<0x88>(keys[0], keys[1]) + pick<0xdd>(keys[0], keys[1]);
+    const F32 b = pick<0x88>(keys[2], keys[3]) + pick<0xdd>(keys[2], keys[3]);
+    store_quarters(pick<0x88>(a, b), scores, 2 * step);
+    store_quarters(pick<0xdd>(a, b), scores + step, 2 * step);
+  }
+}
+
+// scores[r * step + t] = row r of the queries in `columns` . key t, for 8 keys of `dim` channels, a multiple
+// of 4.
+template <int kRows>
+EA_HOST_DEVICE void score_across(
+    const BFloat16* columns, const BFloat16* const (&keys)[kKeysAcross], int64_t dim, float* scores,
+    int64_t step) {
+  constexpr int channels = 32 / kRows;
+  F32 sums[kKeysAcross] = {};
+  for (int64_t at = 0; at < dim; at += channels, columns += 32) {
+    const __m512bh column = (__m512bh)_mm512_loadu_si512(columns);
+    EA_PRAGMA(GCC unroll 8)
+    for (int t = 0; t < kKeysAcross; ++t) {
+      Broadcast<kRows> some;
+      std::memcpy(&some, keys[t] + at, sizeof(some));
+      sums[t] = _mm512_dpbf16_ps(sums[t], column, everywhere(some));
+    }
+  }
+  for (int t = 0; t < kKeysAcross; t += 4) store_across<kRows>(sums + t, scores + t, step);
+}
+#endif
+
 // Rows that are wanted next. They are asked for while the ones before them are multiplied, so that
 // memory is never idle.
 template <typename Value>

@@ -45,17 +45,17 @@ class Worker {
     part_.weighted_step = padded(call.value.dim);
     const int64_t sizes[] = {rows * part_.query_step,    rows * kDecodeBlock, rows * kDecodeBlock,
                              rows * part_.weighted_step, padded(rows),        padded(rows),
-                             padded(rows)};
+                             padded(rows),               rows * part_.query_step};
     Real** const places[] = {&part_.packed_queries, &part_.scores, &part_.weights,
                              &part_.weighted,       &part_.max,    &part_.sum,
-                             &part_.fade};
+                             &part_.fade,           &part_.columns};
     constexpr int64_t line = 64 / sizeof(Real);
     int64_t total = line;
     for (const int64_t size : sizes) total += size;
     memory_.reset(new Real[total]);
     const int64_t misaligned = reinterpret_cast<uintptr_t>(memory_.get()) / sizeof(Real) % line;
     Real* at = memory_.get() + (line - misaligned) % line;
-    for (int i = 0; i < 7; at += sizes[i++]) *places[i] = at;
+    for (int i = 0; i < 8; at += sizes[i++]) *places[i] = at;
     if (call.key.dim_step != 1 || call.value.dim_step != 1) {
       gathered_.reset(new Value[kDecodeBlock * dim]);
     }

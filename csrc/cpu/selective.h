@@ -9,19 +9,21 @@
 
 namespace ea::cpu {
 
-// The queries of one key head against the cached tokens [begin, end): which may be selected, and the
-// softmax of all. Of the part itself, what has to do with keys is used.
+// So many of the largest scores are kept together: the most that a vector has.
+constexpr int64_t kTops = 16;
+
+// The queries of one key head against the cached tokens [begin, end): all their scores, the softmax of
+// these, and the largest of some. Of the part itself, what has to do with keys is used.
 template <typename Value>
 struct ScorePart : DecodePart<Value> {
   using Real = RealOf<Value>;
 
-  int64_t most;  // candidates that can be selected; 0 if their weight decides
-  Real margin;   // then those so far below the largest score cannot be
-  Real* floors;  // (rows) scores up to which nothing is selected; raised on the way
-
-  Candidate<Real>* candidates;  // (rows, room), `most` and a block at least, or all
-  int64_t* counts;              // (rows)
-  int64_t room;
+  Real* all_scores;  // (rows, score_step), whole blocks; -inf where nothing is seen
+  int64_t score_step;
+  // (rows, top_step), of which tops_of_part are those of this part: number i of each 16 is the largest
+  // score of the tokens that are i modulo 16, in so many blocks.
+  Real* tops;
+  int64_t top_step, tops_of_part, top_blocks;
 };
 
 // One query and what it has selected. Of the part itself, what has to do with values is used, for a

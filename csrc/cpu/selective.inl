@@ -3,21 +3,6 @@
 
 #include "cpu/decode.inl"
 
-// The best candidates of a row alone stay, and the worst of them is the floor from now on.
-template <typename Value>
-void thin_out(const ScorePart<Value>& part, int64_t row) {
-  auto* candidates = part.candidates + row * part.room;
-  part.counts[row] = select_best(
-      candidates, part.counts[row], double(part.most),
-      [](const auto* first, const auto* last) { return double(last - first); });
-  if (part.counts[row] < part.most) return;
-  RealOf<Value> worst = candidates[0].score;
-  for (int64_t i = 1; i < part.most; ++i) {
-    worst = candidates[i].score < worst ? candidates[i].score : worst;
-  }
-  if (worst > part.floors[row]) part.floors[row] = worst;
-}
-
 // A bit for each lane that is larger than `bound`.
 template <typename Vec, typename Real>
 EA_HOST_DEVICE uint64_t lanes_above(Vec v, Real bound) {
@@ -36,18 +21,19 @@ EA_HOST_DEVICE uint64_t lanes_above(F32 v, float bound) {
 }
 #endif
 
-// The scores of one row of a block that begins at token `begin` join its softmax and its candidates.
-// Only the tokens [from, to) of the block are seen. A later token never displaces one of equal score,
-// so being above the floor decides.
+// The scores of one row of a block, of which the tokens [from, to) are seen, are kept and join the
+// row's softmax and its largest scores.
 template <typename Value>
-void sift_row(
-    const ScorePart<Value>& part, int64_t row, int64_t begin, int64_t from, int64_t to) {
+void keep_row(
+    const ScorePart<Value>& part, int64_t row, int64_t block, int64_t from, int64_t to) {
   using Real = RealOf<Value>;
   using Vec = VectorOf<Value>;
-  constexpr int step = lanes<Real>, count = kDecodeBlock / step;
-  Real* const at = part.scores + row * kDecodeBlock;
+  constexpr int step = lanes<Real>, count = kDecodeBlock / step, parallel = kTops / step;
+  const Real* const at = part.scores + row * kDecodeBlock;
+  Real* const kept = part.all_scores + row * part.score_step + block * kDecodeBlock;
+  Real* const tops = part.tops + row * part.top_step + block / part.top_blocks * kTops;
   const Real cap = part.softcap, factor = cap > 0 ? part.scale / cap : part.scale;
-  Vec scores[count];
+  Vec scores[count], top[parallel];
   for (int i = 0; i < count; ++i) {
     scores[i] = load(at + i * step) * factor;
     if (cap > 0) scores[i] = tanh_of(scores[i]) * cap;
@@ -60,44 +46,28 @@ void sift_row(
       }
     }
   }
+  for (int i = 0; i < count; ++i) store(kept + i * step, scores[i]);
   const Real before = part.max[row];
   uint64_t larger = 0;
-  for (int i = 0; i < count; ++i) larger |= lanes_above(scores[i], before);
+  for (int j = 0; j < parallel; ++j) {
+    top[j] = load(tops + j * step);
+    for (int i = j; i < count; i += parallel) top[j] = scores[i] > top[j] ? scores[i] : top[j];
+    store(tops + j * step, top[j]);
+    larger |= lanes_above(top[j], before);
+  }
   if (larger) {
-    Vec top = scores[0];
-    for (int i = 1; i < count; ++i) top = scores[i] > top ? scores[i] : top;
     Real max = before;
-    for (int lane = 0; lane < step; ++lane) max = top[lane] > max ? top[lane] : max;
+    for (int j = 0; j < parallel; ++j) {
+      for (int lane = 0; lane < step; ++lane) max = top[j][lane] > max ? top[j][lane] : max;
+    }
     part.sum[row] *= shifted_exp(before, max);
     part.max[row] = max;
-    if (!part.most) part.floors[row] = max + part.margin;
   }
   // While nothing has been seen, any finite number in the place of the maximum gives zeros.
   const Real shift = part.max[row] == Real(-INFINITY) ? Real(0) : part.max[row];
   Vec sum = {};
   for (int i = 0; i < count; ++i) sum += exp_nonpositive(scores[i] - shift);
   part.sum[row] += lane_sum(sum);
-
-  const auto above_floor = [&] {
-    uint64_t bits = 0;
-    for (int i = 0; i < count; ++i) {
-      bits |= lanes_above(scores[i], part.floors[row]) << (i * step);
-    }
-    return bits;
-  };
-  uint64_t chosen = above_floor();
-  if (!chosen) return;
-  if (part.counts[row] + kDecodeBlock > part.room) {
-    thin_out(part, row);
-    chosen = above_floor();
-  }
-  for (int i = 0; i < count; ++i) store(at + i * step, scores[i]);
-  auto* next = part.candidates + row * part.room + part.counts[row];
-  for (; chosen; chosen &= chosen - 1) {
-    const int64_t token = __builtin_ctzll(chosen);
-    *next++ = {at[token], int32_t(begin + token)};
-  }
-  part.counts[row] = next - (part.candidates + row * part.room);
 }
 
 template <typename Value>
@@ -107,6 +77,9 @@ void score_part(const ScorePart<Value>& part) {
   for (int64_t r = 0; r < part.rows; ++r) {
     part.max[r] = Real(-INFINITY);
     part.sum[r] = 0;
+    for (int64_t i = 0; i < part.tops_of_part; ++i) {
+      part.tops[r * part.top_step + i] = Real(-INFINITY);
+    }
   }
   CacheBlock<Value> keys, next_keys;
   next_keys.locate(part.key, part.begin, part.end);
@@ -119,9 +92,57 @@ void score_part(const ScorePart<Value>& part) {
     for (int64_t r = 0; r < part.rows; ++r) {
       const int64_t last = part.newest + r % part.tokens - begin;
       const int64_t from = part.window_left < 0 ? 0 : last - part.window_left;
-      sift_row(part, r, begin, from < 0 ? 0 : from, last < keys.count ? last + 1 : keys.count);
+      keep_row(part, r, (begin - part.begin) / kDecodeBlock, from < 0 ? 0 : from,
+               last < keys.count ? last + 1 : keys.count);
     }
   }
+}
+
+// The largest number, about, that `wanted` of `count` scores are above, a multiple of kTops; no score is
+// above `most`. Negative infinity if there is none. Halves the range in the order of the bits.
+template <typename Real>
+Real bound_of_best(const Real* scores, int64_t count, int64_t wanted, Real most) {
+  using Bits = std::conditional_t<std::is_same_v<Real, double>, int64_t, int32_t>;
+  constexpr int step = lanes<Real>;
+  // Its own inverse, and rising with the number.
+  const auto in_order = [](Bits bits) {
+    return bits ^ ((bits >> (8 * sizeof(Bits) - 1)) & Bits(~(Bits(1) << (8 * sizeof(Bits) - 1))));
+  };
+  Bits low = in_order(bits_of<Bits>(Real(-INFINITY))), high = in_order(bits_of<Bits>(most));
+  while (low + 1 < high) {
+    const Bits middle = low / 2 + high / 2 + (low % 2 + high % 2) / 2;
+    const Real bound = bits_of<Real>(in_order(middle));
+    int64_t above = 0;
+    for (int64_t i = 0; i < count; i += step) {
+      above += __builtin_popcountll(lanes_above(load(scores + i), bound));
+    }
+    (above >= wanted ? low : high) = middle;
+    if (above == wanted) break;
+  }
+  return bits_of<Real>(in_order(low));
+}
+
+// Finds which of `count` scores, whole blocks of them, are above `below`, in the order of tokens from
+// `first` on; scores alone are put beside, and negative infinities to a multiple of kTops behind them.
+template <typename Real>
+int64_t collect(
+    const Real* scores, int64_t count, Real below, int64_t first, Candidate<Real>* found,
+    Real* found_scores) {
+  constexpr int step = lanes<Real>;
+  int64_t next = 0;
+  for (int64_t begin = 0; begin < count; begin += kDecodeBlock) {
+    uint64_t chosen = 0;
+    for (int i = 0; i < kDecodeBlock; i += step) {
+      chosen |= lanes_above(load(scores + begin + i), below) << i;
+    }
+    for (; chosen; chosen &= chosen - 1, ++next) {
+      const int64_t at = begin + __builtin_ctzll(chosen);
+      found[next] = {scores[at], int32_t(first + at)};
+      found_scores[next] = scores[at];
+    }
+  }
+  for (int64_t i = next; i % kTops; ++i) found_scores[i] = Real(-INFINITY);
+  return next;
 }
 
 // The selected tokens from `first` on, or what there is of them, as a block of the cache.

@@ -57,12 +57,12 @@ std::pair<Rows, std::vector<float>> run(
 
   part.query_step = cpu::padded(dim);
   part.weighted_step = cpu::padded(value_dim);
-  std::vector<float> scratch[7];
+  std::vector<float> scratch[8];
   float** const places[] = {&part.packed_queries, &part.scores, &part.weights, &part.weighted,
-                            &part.max,            &part.sum,    &part.fade};
+                            &part.max,            &part.sum,    &part.fade,    &part.columns};
   const int64_t widths[] = {part.query_step, cpu::kDecodeBlock, cpu::kDecodeBlock,
-                            part.weighted_step, 1, 1, 1};
-  for (int i = 0; i < 7; ++i) {
+                            part.weighted_step, 1, 1, 1, part.query_step};
+  for (int i = 0; i < 8; ++i) {
     scratch[i].assign(rows * widths[i], NAN);
     *places[i] = scratch[i].data();
   }

@@ -72,7 +72,7 @@ def selective_decode(
     value_weights: ValueWeights,
     value_mean: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, log-sum-exp and dropped mass; ``arguments`` are those of the ``attention_decode`` op.
+    """Output, log-sum-exp and kept mass; ``arguments`` are those of the ``attention_decode`` op.
 
     The op attends to the selected keys as if there were no others, which is what ``"renormalised"``
     asks for and loses nothing however little they weigh.
@@ -80,14 +80,13 @@ def selective_decode(
     out, lse, kept = torch.ops.efficient_attn.selective_decode(
         *arguments, top_values, max_dropped_mass or 0.0
     )
-    dropped = (1 - kept).clamp(min=0)
     if value_weights != "renormalised":
         weighted = out * kept.unsqueeze(-1)
         if value_mean is not None:
-            q_to_v = arguments[6]
-            weighted += dropped.unsqueeze(-1) * _of_query_heads(value_mean, q_to_v, out.shape[1])
+            mean = _of_query_heads(value_mean, arguments[6], out.shape[1])
+            weighted += (1 - kept).unsqueeze(-1) * mean
         out = weighted.to(out.dtype)
-    return out, lse, dropped
+    return out, lse, kept
 
 
 def _of_query_heads(mean: Tensor, q_to_v: Tensor | None, heads: int) -> Tensor:

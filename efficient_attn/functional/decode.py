@@ -125,14 +125,14 @@ def attention_decode(
         (batch, heads, dim),
     ):
         selection = (top_values, max_dropped_mass, value_weights, value_mean)
-        out, lse, dropped_mass = selective_decode(arguments, *selection)
+        out, lse, kept_mass = selective_decode(arguments, *selection)
     else:
         out, lse = torch.ops.efficient_attn.attention_decode(*arguments)
     results = (out,)
     if return_lse:
         results += (lse,)
     if return_dropped_mass:
-        results += (dropped_mass,)
+        results += ((1 - kept_mass).clamp(min=0),)
     return results if len(results) > 1 else out
 
 
