@@ -1,4 +1,4 @@
-"""The part of the demo that converts the model to latent attention."""
+"""The part of the demo that converts the model: to latent attention, and to DiffQKV."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 RATIOS = (0.5, 0.25, 0.125)
 CALIBRATION_TOKENS = 16384
 PROMPT, NEW_TOKENS = 16, 48
+FEWER_KEYS = "one key head for all"
 HEADS = ("cache", "class in transformers", "bytes/token", "test perplexity")
 
 
@@ -72,16 +73,17 @@ def convert_and_compare(
     prompt = text[:1, :PROMPT]
     tokens, held = likeliest(model, prompt, NEW_TOKENS)
     found = [Converted("as trained", type(model).__name__, held, loss, NEW_TOKENS)]
-    lossless = ("lossless", {"mode": "rorope", "target": "hf-deepseek"})
+    lossless = ("lossless", "mla", {"mode": "rorope", "target": "hf-deepseek"})
     smaller = (
-        (f"1/{round(1 / ratio)} of the cache",
+        (f"1/{round(1 / ratio)} of the cache", "mla",
          {"mode": "compress", "kv_ratio": ratio, "calib": calibration})
         for ratio in RATIOS
     )  # fmt: skip
-    steps = track([lossless, *smaller], "converting", console=console)
+    fewer_keys = (FEWER_KEYS, "diffqkv", {"key_heads": 1, "calib": calibration})
+    steps = track([lossless, *smaller, fewer_keys], "converting", console=console)
     with tempfile.TemporaryDirectory() as scratch:
-        for name, options in steps:
-            convert(folder, Path(scratch) / "converted", "mla", force=True, **options)
+        for name, method, options in steps:
+            convert(folder, Path(scratch) / "converted", method, force=True, **options)
             converted = load(Path(scratch) / "converted", dtype=model.dtype)
             written, held = likeliest(converted, prompt, NEW_TOKENS)
             same = int((written == tokens).long().cumprod(0).sum())
@@ -147,10 +149,11 @@ def markdown(found: Sequence[Converted], trained: Sequence[Trained], figure: str
     lines = [HEADS, ("---",) * len(HEADS), *_rows(found)]
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"""
-## Conversion to latent attention
+## Conversion to latent attention and to DiffQKV
 
 The lossless form is a checkpoint of the stock DeepSeek-V3 class; smaller caches are fitted to
-{CALIBRATION_TOKENS} tokens of other text, and nothing is trained.
+{CALIBRATION_TOKENS} tokens of other text, and nothing is trained. DiffQKV merges the key heads and
+leaves the values.
 
 {rows}
 {_told(trained)}
@@ -176,13 +179,17 @@ def draw(found: Sequence[Converted], trained: Sequence[Trained], path: Path) -> 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    trained, lossless, *smaller = found
+    source, lossless, *smaller, diff = found
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    axes.axhline(trained.perplexity, color="gray", linewidth=0.8, label="as trained")
+    axes.axhline(source.perplexity, color="gray", linewidth=0.8, label="as trained")
     points = sorted([lossless, *smaller], key=lambda x: x.bytes_per_token)
     axes.plot(
-        [x.bytes_per_token for x in points], [x.perplexity for x in points], "o-", label="converted"
+        [x.bytes_per_token for x in points],
+        [x.perplexity for x in points],
+        "o-",
+        label="converted to latent attention",
     )
+    axes.plot(diff.bytes_per_token, diff.perplexity, "D", label="DiffQKV, one key head")
     if trained:
         axes.plot(
             [x.bytes_per_token for x in trained],

@@ -93,7 +93,7 @@ def demo(
     console.print(_table(theirs, ours))
     console.print(f"decoding behind {prompt.shape[1]} cached tokens:", _decoding.table(decodings))
     console.print(str(estimation))
-    console.print("converted to latent attention:", _compressing.table(converted))
+    console.print("converted to latent attention and to DiffQKV:", _compressing.table(converted))
     console.print(f"same greedy tokens: {'yes' if same else 'NO'}")
     console.print(f"difference in test perplexity: {difference:.1e}")
 

@@ -24,6 +24,7 @@ def test_the_demo_writes_a_report_and_finds_the_same_tokens(tmp_path, monkeypatc
     assert f"| efficient_attn | StaticPastKeyValues | {116 * 3072} |" in report
     assert "| lossless | DeepseekV3ForCausalLM | 3,072 |" in report
     assert "| 1/2 of the cache | LlamaForCausalLM | 1,536 |" in report
+    assert "| one key head for all | DiffQKVForCausalLM | 2,304 |" in report
     assert (tmp_path / "conversion.png").exists()
 
 
