@@ -49,7 +49,8 @@ def test_jobs_run_in_order_until_the_time_is_spent():
 def test_the_headlines_fit_well_into_the_time():
     headlines = [workload for workload in select(device="cuda") if workload.rank == 0]
     assert sum(map(estimate, headlines)) < 120
-    assert {workload.suite for workload in headlines} == set(SUITES)
+    # What the planner predicts is set beside measurements of other suites' kernels: no headline.
+    assert {workload.suite for workload in headlines} == set(SUITES) - {"plan"}
 
 
 def test_tests_are_ended_when_their_time_is_up(tmp_path):
