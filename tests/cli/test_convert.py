@@ -177,7 +177,7 @@ def test_compress_is_fitted_to_one_text_and_measured_on_another(source, made, tm
         out = tmp_path / f"out-{choices[0]}"
         verified = ["--text", text, "--text-tokens", 128]
         shown = run("convert", "mla", source, out, *options, *choices, *verified)
-        assert "output_error" in shown and "perplexity ratio" in shown
+        assert "Layers" in shown and "perplexity ratio" in shown
         told = json.loads((out / "conversion.json").read_text())["identity"]["decisions"]
         assert told["choices"]["metric"] == ("balanced" if "--paper" in choices else "output")
     levers = ["--rotation", "real", "--metric", "plain", "--no-center", "--calib-length", 64]
