@@ -103,7 +103,7 @@ class CompressedLayers:
         """
         self.flow = flow
         if self.options.sequential or self.options.refit_output:
-            self.behind = Activations(self.source, flow.given, device=flow.device)
+            self.behind = Activations(self.source, flow.rows, device=flow.device)
         if self.options.weigh_tokens:
             self._token_weights = flow.losses()
             flow.restart()
