@@ -259,14 +259,9 @@ def draw(files: list[list[dict]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(
-        1,
-        len(files),
-        figsize=(6 * len(files), 4.2),
-        layout="constrained",
-        sharey=True,
-        squeeze=False,
-    )
+    colors, size = plt.get_cmap("tab20"), (6 * len(files), 4.6)
+    options = {"layout": "constrained", "sharey": True, "squeeze": False}
+    figure, panels = plt.subplots(1, len(files), figsize=size, **options)
     for axes, runs in zip(panels[0], files, strict=True):
         for number, (measure, style) in enumerate((("accuracy", {}), ("before", {"mfc": "white"}))):
             kinds = by_kind(runs, measure)
@@ -279,7 +274,7 @@ def draw(files: list[list[dict]], path: Path) -> None:
                     [deviation(found.values()) / len(found) ** 0.5 for _, found in points],
                     marker="o",
                     capsize=2,
-                    color=f"C{shift}",
+                    color=colors(shift),
                     label=None if number else way,
                     linestyle="-" if way == baseline(runs) and not number else "none",
                     **style,
@@ -287,11 +282,9 @@ def draw(files: list[list[dict]], path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xticks(KEY_HEADS, [str(n) for n in KEY_HEADS])
         axes.set_xlabel(f"key and value heads, of {HEADS} query heads")
-        converted = any("before" in each for each in runs)
-        axes.set_title(
-            "converted, and trained further" if converted else "from scratch", fontsize=9
-        )
-        axes.legend(fontsize=7)
+        origin = "from scratch" if baseline(runs) == "even groups" else "converted, trained further"
+        axes.set_title(origin, fontsize=9)
+        axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.13))
     panels[0][0].set_ylabel("accuracy on held-back digits, %")
     figure.savefig(path, dpi=120)
     plt.close(figure)
