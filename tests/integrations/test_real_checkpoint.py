@@ -81,9 +81,9 @@ def test_shared_heads_keep_what_sentences_mean(tmp_path):
     found = {}
     for pooling in ("mean", "fitted"):
         options = {"num_kv_heads": 6, "partition": "consecutive", "pooling": pooling}
-        options |= {"calib": tmp_path / "calib.txt", "calib_tokens": 2048}
+        options |= {"calib": tmp_path / "calib.txt", "calib_tokens": 2048, "calib_length": 128}
         convert(folder(), tmp_path / pooling, "gqa", **options)
-        rows = read_inputs(folder(), open_source(folder()), tmp_path / "text.txt", 1024)
+        rows = read_inputs(folder(), open_source(folder()), tmp_path / "text.txt", 1024, 128)
         found[pooling] = verify_encoders(folder(), tmp_path / pooling, rows)
     assert found["mean"].inputs == 8 and found["mean"].classes["after"] == "BertModel"
     assert found["fitted"].mean_cosine > 0.85 > found["mean"].mean_cosine
