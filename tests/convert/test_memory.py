@@ -115,7 +115,6 @@ def test_memory_does_not_grow_with_the_number_of_layers(models, tmp_path, option
         text=True,
     )
     assert ran.returncode == 0, ran.stderr
-    print(ran.stdout)
     (of_tiny, of_few, of_many, hoarded), estimate = json.loads(ran.stdout.splitlines()[-1])
     assert of_many - of_few < layer
     assert hoarded - of_many > (MANY - FEW) / 2 * layer
