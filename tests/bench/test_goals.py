@@ -37,6 +37,7 @@ def test_figures_are_read_off_the_latest_file():
         result(GQA, "sdpa-flash-gqa", "torch", 1.5),
         result(CACHE, "efficient_attn", "ours", 0.002),
         result(CACHE, "read", "ceiling", 0.001),
+        result(CACHE, "efficient_attn-exact", "yardstick", 0.005),
         result(wide, "efficient_attn", "ours", 0.003),
     ]
     files = [older, newer]
@@ -45,4 +46,6 @@ def test_figures_are_read_off_the_latest_file():
     assert goals.FIGURES["share"](CACHE.name, files) == "50 %"
     assert goals.FIGURES["microseconds"](CACHE.name, files) == "2000 us"
     assert goals.FIGURES["beside"]((CACHE.name, "wide"), files) == "1.50x"
+    assert goals.FIGURES["over_exact"](CACHE.name, files) == "2.50x"
+    assert goals.FIGURES["over_exact"]("wide", files) == ""
     assert goals.FIGURES["teraflops"]("nowhere", files) == ""
