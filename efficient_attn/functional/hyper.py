@@ -10,14 +10,13 @@ from torch import Tensor
 from efficient_attn.config import HyperConfig
 from efficient_attn.functional import _contract as contract
 from efficient_attn.functional._hyper_heads import even_heads
+from efficient_attn.functional._hyper_limit import estimate
 from efficient_attn.functional._hyper_ragged import each_sample, each_sequence
 from efficient_attn.head_map import HeadMap
 from efficient_attn.masking import window_limits
 from efficient_attn.planning import HyperPlan, make_plan
 
 _DEFAULT = HyperConfig()
-# A long output is merged in so many pieces, so that there is never a third of its size.
-_PIECES = 8
 
 
 def hyper_attention(
@@ -116,7 +115,7 @@ def hyper_attention(
         error = torch.zeros_like(lse) if return_error else None
     else:
         limit = config.max_sample_mass
-        out, lse, estimated_lse = _estimate(query, even_key, even_value, plan, scale, limit)
+        out, lse, estimated_lse = estimate(query, even_key, even_value, plan, scale, limit)
         error = None
         if return_error or config.max_error is not None:
             detached = (x.detach() for x in (query, even_key, estimated_lse))
@@ -126,32 +125,6 @@ def hyper_attention(
                 query, even_key, even_value, out, lse, error, causal, scale, config.max_error
             )
     return _asked_for((out, lse, error), (True, return_lse, return_error))
-
-
-def _estimate(query, key, value, plan: HyperPlan, scale: float, limit: float | None):
-    """Output and log-sum-exp, and the latter as it is without the limit on samples."""
-    op = torch.ops.efficient_attn.hyper_attention
-    if limit is None or not plan.is_sampled_by_leaf:
-        out, lse = op(query, key, value, *plan, scale)
-        return out, lse, lse
-    exact, exact_lse = op(query, key, value, *plan.exact_part(), scale)
-    sampled, sampled_lse = op(query, key, value, *plan.sampled_part(), scale)
-    unlimited_lse = torch.logaddexp(exact_lse, sampled_lse).detach()
-    sampled_lse = torch.minimum(sampled_lse, exact_lse + math.log(limit))
-    return *_merged((exact, exact_lse), (sampled, sampled_lse)), unlimited_lse
-
-
-def _merged(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Two partial results merged; without gradients in the memory of the first, piece by piece."""
-    merge = torch.ops.efficient_attn.merge_states
-    if first[0].requires_grad:
-        return merge(*map(list, zip(first, second, strict=True)))
-    pieces = (x.tensor_split(_PIECES, dim=2) for x in (*first, *second))
-    for out, lse, more, more_lse in zip(*pieces, strict=True):
-        merged, merged_lse = merge([out, more], [lse, more_lse])
-        out.copy_(merged)
-        lse.copy_(merged_lse)
-    return first
 
 
 def _exact_over_budget(query, key, value, out, lse, error, causal, scale, budget):
